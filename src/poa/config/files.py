@@ -1,0 +1,142 @@
+"""Configurations as dictionaries and YAML files, and the recipes that poa ships."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
+import yaml
+
+from poa.config.pretrain import PretrainConfig
+from poa.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def to_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401 (any dataclass)
+    """The configuration as plain dictionaries, lists, numbers and strings."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return plain
+
+
+def to_yaml(config: Any) -> str:  # noqa: ANN401 (any dataclass)
+    """The configuration as YAML, in the order of its fields."""
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
+    return text
+
+
+def from_dict(kind: type[ConfigT], values: Mapping[str, Any], origin: str) -> ConfigT:
+    """A configuration of type `kind` from nested dictionaries; absent keys take their defaults.
+
+    Args:
+        kind: a dataclass, `PretrainConfig` for example.
+        values: nested dictionaries.
+        origin: where they came from, for messages ("recipe digits", a file name).
+
+    Raises:
+        ConfigError: a key is unknown (the nearest valid key is named), a value has the wrong type or is out
+            of range.
+    """
+    _refuse_unknown_keys(kind, values, origin, prefix="")
+    try:
+        return dacite.from_dict(kind, values, dacite.Config(strict=True, cast=[tuple, float]))
+    except (dacite.exceptions.DaciteError, ValueError, TypeError) as error:
+        raise ConfigError(f"{origin}: {error}.") from error
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The content of a YAML file that holds a mapping (or nothing).
+
+    Raises:
+        ConfigError: the file is missing, is not YAML or does not hold a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} must hold `section: {{option: value}}` pairs; got a {type(values).__name__}."
+        )
+    return values
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that poa ships, sorted."""
+    folder = resources.files("poa.recipes")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_recipe(name: str) -> PretrainConfig:
+    """The recipe of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists those that there are.
+    """
+    names = recipe_names()
+    if name not in names:
+        raise ConfigError(f"there is no recipe {name!r}{_nearest(name, names)}. Recipes: {', '.join(names)}.")
+    values = yaml.safe_load(
+        resources.files("poa.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    )
+    return from_dict(PretrainConfig, values, f"recipe {name}")
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` laid over it, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = (
+            merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
+    return result
+
+
+def differences(
+    left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """`{"section.option": (left value, right value)}` for every option in which the two differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*left, *right]):
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found.update(differences(a, b, f"{prefix}{key}."))
+        elif a != b:
+            found[f"{prefix}{key}"] = (a, b)
+    return found
+
+
+def _refuse_unknown_keys(kind: type[Any], values: Mapping[str, Any], origin: str, prefix: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            hint = _nearest(str(key), list(fields))
+            raise ConfigError(f"{origin}: there is no option {prefix}{key}{hint}.")
+        factory: Any = fields[key].default_factory
+        if dataclasses.is_dataclass(factory) and isinstance(factory, type):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{origin}: {prefix}{key} must be a section of options; got {value!r}.")
+            _refuse_unknown_keys(factory, value, origin, f"{prefix}{key}.")
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 (recursive over JSON-like values)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,380 @@
+"""A family on disk and in memory: one set of weights, the space of its sub-networks, and how to cut them out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import poa
+from poa.backbones import Architecture, architecture
+from poa.config import from_dict, to_dict
+from poa.elastic import SearchSpace, Subnet, num_params
+from poa.errors import CheckpointError, ConfigError, ExtractionError
+from poa.files import replace_directory, write_json
+from poa.randomness import derived_seed
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+    from poa.backbones.base import Backbone
+
+CARD_FILE = "family.json"
+WEIGHTS_FILE = "weights.safetensors"
+FORMAT = "poa-family"
+FORMAT_VERSION = 1
+
+TOLERANCE = 1e-5
+"""Largest relative difference (in the Euclidean norm) between a sub-network and the model extracted from it."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the family's input."""
+
+    image_size: int
+    """Side in pixels."""
+    num_channels: int
+    """1 grey, 3 colour, 4 colour and alpha."""
+    mean: tuple[float, ...]
+    """Subtracted from each channel (values 0-1)."""
+    std: tuple[float, ...]
+    """Divided by, for each channel."""
+    crop_pct: float = 1.0
+    """Side of the central crop over the resized image's shorter side."""
+    interpolation: str = "bicubic"
+    """How the image is resized."""
+
+    def per_channel(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        """`values` repeated to one for each channel."""
+        return values * self.num_channels if len(values) == 1 else values
+
+
+@dataclass(frozen=True)
+class FamilyCard:
+    """What is known of a family without opening its weights; `family.json`. Reading it needs no torch."""
+
+    architecture: Architecture
+    config: Any
+    preprocessing: Preprocessing
+    weights_sha256: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The space of its sub-networks."""
+        return self.architecture.space(self.config)
+
+    def num_params(self, subnet: Subnet) -> int:
+        """Parameters of the extracted network."""
+        return num_params(self.architecture.layout(self.config), subnet)
+
+    def flops(self, subnet: Subnet) -> int:
+        """Operations of one forward pass on one image of the family's size."""
+        return self.architecture.flops(self.config, subnet, self.preprocessing.image_size)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far an extracted model is from the sub-network it was cut from, on a probe batch."""
+
+    subnet: str
+    relative_difference: float
+    """‖extracted − sub-network‖ / ‖sub-network‖ of the class vectors and patch vectors."""
+    max_abs_difference: float
+    tolerance: float
+    num_probe_images: int
+
+
+class Family:
+    """One set of weights out of which every sub-network is cut, exactly.
+
+    Attributes:
+        card: architecture, search space, preprocessing and provenance.
+        backbone: the super-network, in evaluation mode.
+    """
+
+    def __init__(self, card: FamilyCard, backbone: Backbone) -> None:
+        self.card = card
+        self.backbone = backbone.eval().requires_grad_(False)
+
+    @property
+    def space(self) -> SearchSpace:
+        """The search space."""
+        return self.backbone.space
+
+    @property
+    def subnets(self) -> tuple[Subnet, ...]:
+        """Every sub-network, the smallest first, the intact network last."""
+        return self.space.subnets
+
+    def features(self, images: Float[Tensor, "B c h w"], subnet: str | Subnet) -> Float[Tensor, "B C"]:
+        """The class vectors of normalised images, computed by the sub-network inside the super-network."""
+        return self.backbone([images], self.space.parse(subnet))[0].cls
+
+    def extract(self, subnet: str | Subnet, image_size: int | None = None) -> nn.Module:
+        """The sub-network as an ordinary timm model with its own weights, in evaluation mode.
+
+        Args:
+            subnet: its name, `w384-d12`, or value.
+            image_size: side of the images it is for; the family's own by default. The position embedding is
+                resized to it.
+
+        Returns:
+            A timm model of a stock class with `num_classes=0`: calling it gives the class vectors [B, C].
+
+        Raises:
+            SubnetError: the family has no such sub-network.
+            ConfigError: the image size is no multiple of the patch size.
+        """
+        member = self.space.parse(subnet)
+        size = self._checked_size(image_size)
+        model = _empty_timm_model(*self.backbone.timm_model(member, size))
+        model.load_state_dict(self.backbone.timm_state(member, size), strict=True, assign=True)
+        return model.eval()
+
+    def save_subnet(
+        self,
+        subnet: str | Subnet,
+        directory: str | Path,
+        *,
+        image_size: int | None = None,
+        overwrite: bool = False,
+    ) -> Verification:
+        """Writes a directory that `timm.create_model("local-dir:DIRECTORY", pretrained=True)` opens without poa.
+
+        The written model is opened with timm again and compared with the sub-network on a probe batch; the
+        difference is recorded in `poa.json` beside it.
+
+        Raises:
+            SubnetError: the family has no such sub-network.
+            CheckpointError: the directory holds something and `overwrite` is False.
+            ExtractionError: the written model differs by more than `TOLERANCE`; nothing is left behind.
+        """
+        from safetensors.torch import save_file
+
+        member = self.space.parse(subnet)
+        size = self._checked_size(image_size)
+        with replace_directory(Path(directory), overwrite=overwrite) as scratch:
+            state = self.backbone.timm_state(member, size)
+            save_file(
+                {name: part.contiguous() for name, part in state.items()}, scratch / "model.safetensors"
+            )
+            write_json(scratch / "config.json", self._timm_config(member, size))
+            found = self.verify(member, open_timm_directory(scratch), size)
+            record = {
+                "subnet": str(member),
+                "num_params": self.card.num_params(member),
+                "flops": self.card.architecture.flops(self.card.config, member, size),
+                "preprocessing": to_dict(self.card.preprocessing) | {"image_size": size},
+                "verification": to_dict(found),
+                "provenance": dict(self.card.provenance),
+                "family_weights_sha256": self.card.weights_sha256,
+                "poa_version": poa.__version__,
+            }
+            write_json(scratch / "poa.json", record)
+        return found
+
+    def verify(self, subnet: Subnet, model: nn.Module, image_size: int, num_images: int = 4) -> Verification:
+        """Compares an extracted timm model with the sub-network on a probe batch of random images.
+
+        Raises:
+            ExtractionError: they differ by more than `TOLERANCE`.
+        """
+        import torch
+
+        rng = torch.Generator().manual_seed(derived_seed(0, "probe"))
+        shape = (num_images, self.card.preprocessing.num_channels, image_size, image_size)
+        images = torch.randn(shape, generator=rng)
+        with torch.inference_mode():
+            ours = self.backbone([images], subnet)[0]
+            prefix = getattr(model, "num_prefix_tokens", 0)
+            tokens = model.forward_features(images)  # type: ignore[operator]
+            theirs = torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1)
+            expected = torch.cat([ours.cls.unsqueeze(1), ours.patches], dim=1)
+        difference = theirs - expected
+        relative = float(difference.norm() / expected.norm())
+        found = Verification(str(subnet), relative, float(difference.abs().max()), TOLERANCE, num_images)
+        if not relative <= TOLERANCE:
+            raise ExtractionError(
+                f"the model extracted for {subnet} differs from the sub-network by {relative:.2e} relative, more than "
+                f"{TOLERANCE:g}. It was not kept. Please report this with the family's family.json."
+            )
+        return found
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the family: `weights.safetensors` and `family.json`, both or nothing.
+
+        Raises:
+            CheckpointError: the directory holds something and `overwrite` is False.
+        """
+        from safetensors.torch import save_file
+
+        with replace_directory(Path(directory), overwrite=overwrite) as scratch:
+            state = {
+                name: tensor.detach().cpu().contiguous()
+                for name, tensor in self.backbone.state_dict().items()
+            }
+            save_file(state, scratch / WEIGHTS_FILE)
+            card = {
+                "format": FORMAT,
+                "version": FORMAT_VERSION,
+                "architecture": self.card.architecture.name,
+                "config": to_dict(self.card.config),
+                "preprocessing": to_dict(self.card.preprocessing),
+                "weights": {"file": WEIGHTS_FILE, "sha256": file_sha256(scratch / WEIGHTS_FILE)},
+                "provenance": dict(self.card.provenance),
+            }
+            write_json(scratch / CARD_FILE, card)
+
+    def to(self, device: str | torch.device) -> Family:
+        """The same family with its weights on that device."""
+        self.backbone.to(device)
+        return self
+
+    def _checked_size(self, image_size: int | None) -> int:
+        size = image_size or self.card.preprocessing.image_size
+        patch = self.card.config.patch_size
+        if size % patch:
+            raise ConfigError(
+                f"the image size must be a multiple of the patch size {patch}; got {size}, the nearest is "
+                f"{max(patch, round(size / patch) * patch)}."
+            )
+        return size
+
+    def _timm_config(self, subnet: Subnet, image_size: int) -> dict[str, Any]:
+        name, arguments = self.backbone.timm_model(subnet, image_size)
+        how = self.card.preprocessing
+        return {
+            "architecture": name,
+            "num_classes": 0,
+            "num_features": subnet.width,
+            "global_pool": "token",
+            "model_args": arguments,
+            "pretrained_cfg": {
+                "tag": "poa",
+                "custom_load": False,
+                "input_size": [how.num_channels, image_size, image_size],
+                "fixed_input_size": True,
+                "interpolation": how.interpolation,
+                "crop_pct": how.crop_pct,
+                "crop_mode": "center",
+                "mean": list(how.per_channel(how.mean)),
+                "std": list(how.per_channel(how.std)),
+                "num_classes": 0,
+                "pool_size": None,
+                "first_conv": "patch_embed.proj",
+                "classifier": "head",
+            },
+        }
+
+
+def load(path: str | Path) -> Family:
+    """The family in a run directory (`RUN`) or family directory (`RUN/family`), on the CPU.
+
+    Raises:
+        CheckpointError: there is no family, it is damaged, or it is from a newer version of poa.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = family_directory(path)
+    card = read_card(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}: the family is incomplete, copy it anew.")
+    if file_sha256(weights) != card.weights_sha256:
+        raise CheckpointError(
+            f"{weights} is damaged: its checksum is not the one in {CARD_FILE}. Copy it anew."
+        )
+    backbone = card.architecture.build(card.config)
+    try:
+        backbone.load_state_dict(load_file(weights), strict=True, assign=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{weights} does not fit the architecture in {CARD_FILE}: {error}") from error
+    return Family(card, backbone)
+
+
+def family_directory(path: str | Path) -> Path:
+    """The directory with `family.json`: `path` itself, or `path/family`.
+
+    Raises:
+        CheckpointError: neither has one.
+    """
+    folder = Path(path)
+    for candidate in (folder, folder / "family"):
+        if (candidate / CARD_FILE).is_file():
+            return candidate
+    if not folder.exists():
+        raise CheckpointError(
+            f"there is no {folder}. Name a run directory or the family directory inside it."
+        )
+    hint = (
+        " Its run has not finished: `poa pretrain --out` it again."
+        if (folder / "config.yaml").exists()
+        else ""
+    )
+    raise CheckpointError(f"{folder} holds no family (no {CARD_FILE}, no family/{CARD_FILE}).{hint}")
+
+
+def read_card(path: str | Path) -> FamilyCard:
+    """The card of the family in `path`, without its weights and without torch.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or from a newer version of poa.
+    """
+    file = family_directory(path) / CARD_FILE
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+        if card["format"] != FORMAT or card["version"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{file} is {card['format']} version {card['version']}; this poa reads {FORMAT} up to version "
+                f"{FORMAT_VERSION}. Install a newer poa."
+            )
+        kind = architecture(card["architecture"])
+        return FamilyCard(
+            architecture=kind,
+            config=from_dict(kind.config, card["config"], str(file)),
+            preprocessing=from_dict(Preprocessing, card["preprocessing"], str(file)),
+            weights_sha256=card["weights"]["sha256"],
+            provenance=card["provenance"],
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{file} is damaged: {type(error).__name__}: {error}. Copy the family anew."
+        ) from error
+
+
+def open_timm_directory(directory: str | Path) -> nn.Module:
+    """The timm model in a directory with `config.json` and `model.safetensors`, in evaluation mode.
+
+    Raises:
+        CheckpointError: the directory holds no such model.
+    """
+    import timm
+
+    folder = Path(directory)
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise CheckpointError(f"{folder} is no timm directory: config.json and model.safetensors are needed.")
+    model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return model.eval()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _empty_timm_model(name: str, arguments: dict[str, Any]) -> nn.Module:
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+    return model

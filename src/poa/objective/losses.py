@@ -1,0 +1,121 @@
+"""The losses of POA, one function for each term, and their sum."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from poa.config import ObjectiveConfig
+
+
+class BranchTerms(NamedTuple):
+    """The losses of one student against the teacher, unweighted."""
+
+    local: Float[Tensor, "H"]
+    global_: Float[Tensor, "H"]
+    patch: Float[Tensor, "H"]
+    koleo: Float[Tensor, ""]
+
+
+class LossTerms(NamedTuple):
+    """Every term of the objective, unweighted. Without an elastic student the last three are None."""
+
+    intact: BranchTerms
+    elastic: BranchTerms | None
+    distill_local: Float[Tensor, "H"] | None
+    distill_global: Float[Tensor, "H"] | None
+
+
+def cross_entropy(
+    targets: Float[Tensor, "*R K"], logits: Float[Tensor, "*R K"], temp: float
+) -> Float[Tensor, "*R"]:
+    """−Σ_k q_k log softmax(z / temp)_k for each row. Linear in the targets, which need not sum to 1."""
+    return -(targets * F.log_softmax(logits.float() / temp, dim=-1)).sum(dim=-1)
+
+
+def local_loss(
+    targets: Float[Tensor, "2B K"], logits: Float[Tensor, "LB K"], temp: float
+) -> Float[Tensor, ""]:
+    """(1/n) Σ_l Σ_g mean_B CE(q(g), X(l)) with n = 2 + 2L (DINO; POA eq. 3). 0 without local crops.
+
+    The two views' targets are added before multiplying: the cross-entropy is linear in them.
+    """
+    num_images = targets.shape[0] // 2
+    num_crops = logits.shape[0] // num_images
+    if num_crops == 0:
+        return targets.new_zeros(())
+    both = targets.unflatten(0, (2, num_images)).sum(dim=0)
+    rows = cross_entropy(both, logits.unflatten(0, (num_crops, num_images)), temp)
+    return rows.mean(dim=1).sum() / (2 + 2 * num_crops)
+
+
+def global_loss(
+    targets: Float[Tensor, "2B K"], logits: Float[Tensor, "2B K"], temp: float, num_local_crops: int
+) -> Float[Tensor, ""]:
+    """(2/n) · mean CE(q(other view), X(view)) over all 2B rows (DINO; POA eq. 3)."""
+    other = targets.roll(targets.shape[0] // 2, dims=0)
+    return cross_entropy(other, logits, temp).mean() * 2 / (2 + 2 * num_local_crops)
+
+
+def patch_loss(
+    targets: Float[Tensor, "M K"],
+    logits: Float[Tensor, "M K"],
+    weights: Float[Tensor, "M"],
+    temp: float,
+    num_rows: int,
+) -> Float[Tensor, ""]:
+    """Σ_p w_p CE(q(p), X(p)) / rows over the masked patches, w_p = 1 / (masked patches of its row) (iBOT)."""
+    if logits.shape[0] == 0:
+        return weights.new_zeros(())
+    return (cross_entropy(targets, logits, temp) * weights).sum() / num_rows
+
+
+def distillation_loss(
+    intact: Float[Tensor, "R K"], elastic: Float[Tensor, "R K"], temp: float
+) -> Float[Tensor, ""]:
+    """mean CE(softmax(S / temp), E): the elastic student learns from the intact one's same view (POA eq. 4).
+
+    No gradient reaches the intact student. 0 without rows.
+    """
+    if intact.shape[0] == 0:
+        return intact.new_zeros(())
+    targets = torch.softmax(intact.detach().float() / temp, dim=-1)
+    return cross_entropy(targets, elastic, temp).mean()
+
+
+def koleo_loss(x: Float[Tensor, "B C"]) -> Float[Tensor, ""]:
+    """mean_i −log(‖x_i − x_nn(i)‖ + 1e-8) on L2-normalised rows: spreads them out (Sablayrolles et al., 2019).
+
+    The nearest neighbour is the one of largest inner product; its choice is not differentiated.
+    """
+    x = F.normalize(x.float(), eps=1e-8, dim=-1)
+    with torch.no_grad():
+        similarity = x @ x.T
+        similarity.fill_diagonal_(-1.0)
+        nearest = similarity.argmax(dim=1)
+    return -torch.log(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).mean()
+
+
+def total_loss(terms: LossTerms, config: ObjectiveConfig) -> Float[Tensor, ""]:
+    """(1/H) Σ_h [ λ (local + global + patch)_S + (1−λ) (local + global + patch)_E + (1−λ) distill ] + KoLeo.
+
+    POA eq. 5 with the weights of the configuration; KoLeo is the mean over the students. Without an elastic
+    student λ is 1.
+    """
+    intact_share = 1.0 if terms.elastic is None else config.intact_weight
+    total = intact_share * _branch_loss(terms.intact, config)
+    koleo = terms.intact.koleo
+    if terms.elastic is not None and terms.distill_local is not None and terms.distill_global is not None:
+        distill = config.distill_weight * (terms.distill_local + terms.distill_global).mean()
+        total = total + (1 - intact_share) * (_branch_loss(terms.elastic, config) + distill)
+        koleo = (koleo + terms.elastic.koleo) / 2
+    return total + config.koleo_weight * koleo
+
+
+def _branch_loss(terms: BranchTerms, config: ObjectiveConfig) -> Tensor:
+    cls = config.class_weight * (terms.local + terms.global_).mean()
+    return cls + config.patch_weight * terms.patch.mean()

@@ -1,0 +1,69 @@
+"""How the teacher's logits become targets."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from poa.config import ObjectiveConfig
+
+
+def sinkhorn_knopp(logits: Float[Tensor, "R K"], temp: float, iterations: int = 3) -> Float[Tensor, "R K"]:
+    """Targets q: exp(logits / temp), rescaled so that all prototypes are used about equally; rows sum to 1.
+
+    Sinkhorn-Knopp as in SwAV (Caron et al., 2020) and DINOv2: each iteration gives every prototype the same mass,
+    then every row. Only the logarithms of the two scaling vectors are kept, so logits of any spread stay finite.
+    """
+    scaled = logits.float() / temp
+    log_rows = scaled.new_zeros(scaled.shape[0], 1)
+    log_prototypes = scaled.new_zeros(1, scaled.shape[1])
+    for _ in range(iterations):
+        log_prototypes = -torch.logsumexp(scaled + log_rows, dim=0, keepdim=True)
+        log_rows = -torch.logsumexp(scaled + log_prototypes, dim=1, keepdim=True)
+    return torch.exp(scaled + log_prototypes + log_rows)
+
+
+class CenteredTargets(nn.Module):
+    """Targets by centring: softmax((logits − centre) / temp), the centre a moving average of batch means (DINO)."""
+
+    center: Tensor
+
+    def __init__(self, num_prototypes: int, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(1, num_prototypes))
+
+    def forward(self, logits: Float[Tensor, "R K"], temp: float) -> Float[Tensor, "R K"]:
+        """The targets; afterwards the centre takes this batch in, so it acts from the next call on."""
+        logits = logits.float()
+        targets = torch.softmax((logits - self.center) / temp, dim=-1)
+        self.center.mul_(self.momentum).add_(logits.mean(dim=0, keepdim=True), alpha=1 - self.momentum)
+        return targets
+
+
+class Targets(nn.Module):
+    """The targets of all heads, for class vectors and, apart, for masked patches."""
+
+    def __init__(self, config: ObjectiveConfig, num_prototypes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_centers = nn.ModuleList()
+        self.patch_centers = nn.ModuleList()
+        if config.targets == "centering":
+            for centers in (self.cls_centers, self.patch_centers):
+                centers.extend(CenteredTargets(count, config.center_momentum) for count in num_prototypes)
+
+    @torch.no_grad()
+    def forward(
+        self, logits: Float[Tensor, "R K"], head: int, temp: float, *, patches: bool
+    ) -> Float[Tensor, "R K"]:
+        """The targets of one head's logits, of class vectors or of patches; no rows give no rows."""
+        if not math.prod(logits.shape):
+            return logits.float()
+        if self.config.targets == "sinkhorn":
+            return sinkhorn_knopp(logits, temp, self.config.sinkhorn_iterations)
+        targets: Tensor = (self.patch_centers if patches else self.cls_centers)[head](logits, temp)
+        return targets

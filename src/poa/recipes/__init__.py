@@ -1,0 +1,1 @@
+"""The recipes: configurations with source, command, hardware, time and expected result in their header."""
