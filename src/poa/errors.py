@@ -27,6 +27,10 @@ class CheckpointError(PoaError):
     """A run directory, checkpoint or family is missing, damaged or does not fit."""
 
 
+class TrainingError(PoaError):
+    """Training cannot go on: losses or gradients stopped being finite."""
+
+
 class ExtractionError(PoaError):
     """An extracted network does not reproduce the sub-network it was cut from."""
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from poa.backbones.base import Backbone
+    from poa.backbones.base import Backbone, Features
 
 CARD_FILE = "family.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -115,7 +115,8 @@ class Family:
 
     def features(self, images: Float[Tensor, "B c h w"], subnet: str | Subnet) -> Float[Tensor, "B C"]:
         """The class vectors of normalised images, computed by the sub-network inside the super-network."""
-        return self.backbone([images], self.space.parse(subnet))[0].cls
+        found: list[Features] = self.backbone([images], self.space.parse(subnet))
+        return found[0].cls
 
     def extract(self, subnet: str | Subnet, image_size: int | None = None) -> nn.Module:
         """The sub-network as an ordinary timm model with its own weights, in evaluation mode.
@@ -162,9 +163,7 @@ class Family:
         size = self._checked_size(image_size)
         with replace_directory(Path(directory), overwrite=overwrite) as scratch:
             state = self.backbone.timm_state(member, size)
-            save_file(
-                {name: part.contiguous() for name, part in state.items()}, scratch / "model.safetensors"
-            )
+            save_file({name: part.contiguous() for name, part in state.items()}, scratch / "model.safetensors")
             write_json(scratch / "config.json", self._timm_config(member, size))
             found = self.verify(member, open_timm_directory(scratch), size)
             record = {
@@ -216,10 +215,7 @@ class Family:
         from safetensors.torch import save_file
 
         with replace_directory(Path(directory), overwrite=overwrite) as scratch:
-            state = {
-                name: tensor.detach().cpu().contiguous()
-                for name, tensor in self.backbone.state_dict().items()
-            }
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.backbone.state_dict().items()}
             save_file(state, scratch / WEIGHTS_FILE)
             card = {
                 "format": FORMAT,
@@ -289,9 +285,7 @@ def load(path: str | Path) -> Family:
     if not weights.is_file():
         raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}: the family is incomplete, copy it anew.")
     if file_sha256(weights) != card.weights_sha256:
-        raise CheckpointError(
-            f"{weights} is damaged: its checksum is not the one in {CARD_FILE}. Copy it anew."
-        )
+        raise CheckpointError(f"{weights} is damaged: its checksum is not the one in {CARD_FILE}. Copy it anew.")
     backbone = card.architecture.build(card.config)
     try:
         backbone.load_state_dict(load_file(weights), strict=True, assign=True)
@@ -311,14 +305,8 @@ def family_directory(path: str | Path) -> Path:
         if (candidate / CARD_FILE).is_file():
             return candidate
     if not folder.exists():
-        raise CheckpointError(
-            f"there is no {folder}. Name a run directory or the family directory inside it."
-        )
-    hint = (
-        " Its run has not finished: `poa pretrain --out` it again."
-        if (folder / "config.yaml").exists()
-        else ""
-    )
+        raise CheckpointError(f"there is no {folder}. Name a run directory or the family directory inside it.")
+    hint = " Its run has not finished: `poa pretrain --out` it again." if (folder / "config.yaml").exists() else ""
     raise CheckpointError(f"{folder} holds no family (no {CARD_FILE}, no family/{CARD_FILE}).{hint}")
 
 
@@ -345,9 +333,7 @@ def read_card(path: str | Path) -> FamilyCard:
             provenance=card["provenance"],
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{file} is damaged: {type(error).__name__}: {error}. Copy the family anew."
-        ) from error
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}. Copy the family anew.") from error
 
 
 def open_timm_directory(directory: str | Path) -> nn.Module:

@@ -1,7 +1,6 @@
 import re
 
 import pytest
-import torch
 
 from poa.backbones.vit import ElasticViT
 from poa.config import HeadsConfig, ObjectiveConfig, ViTConfig

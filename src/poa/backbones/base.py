@@ -51,9 +51,7 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward_intermediates(
-        self, image: Float[Tensor, "B c h w"], subnet: Subnet
-    ) -> list[Float[Tensor, "B N C"]]:
+    def forward_intermediates(self, image: Float[Tensor, "B c h w"], subnet: Subnet) -> list[Float[Tensor, "B N C"]]:
         """The patch vectors after each kept block, before the final norm, row by row."""
 
     @abstractmethod

@@ -56,6 +56,4 @@ def architecture(config_or_name: object) -> Architecture:
     for entry in ARCHITECTURES.values():
         if config_or_name == entry.name or type(config_or_name) is entry.config:
             return entry
-    raise ConfigError(
-        f"there is no architecture {config_or_name!r}. Architectures: {', '.join(ARCHITECTURES)}."
-    )
+    raise ConfigError(f"there is no architecture {config_or_name!r}. Architectures: {', '.join(ARCHITECTURES)}.")

@@ -109,9 +109,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.weight_cut = weight
         self.bias_cut = bias
-        self.proj = nn.Conv2d(
-            weight.full_shape[1], weight.full_shape[0], weight.full_shape[2:], stride=weight.full_shape[2:]
-        )
+        channels, inputs, patch, _ = weight.full_shape
+        self.proj = nn.Conv2d(inputs, channels, patch, stride=patch)
 
     def forward(self, image: Float[Tensor, "B c h w"], width: int) -> Float[Tensor, "B N C"]:
         """One vector per patch, row by row."""
@@ -172,9 +171,7 @@ class ElasticViT(Backbone):
             for part in (part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True))
         ]
 
-    def forward_intermediates(
-        self, image: Float[Tensor, "B c h w"], subnet: Subnet
-    ) -> list[Float[Tensor, "B N C"]]:
+    def forward_intermediates(self, image: Float[Tensor, "B c h w"], subnet: Subnet) -> list[Float[Tensor, "B N C"]]:
         """See `Backbone.forward_intermediates`."""
         x = self._embed(image, None, subnet.width)
         shape = (x.shape[0], x.shape[1])
@@ -268,6 +265,7 @@ class ElasticViT(Backbone):
 
     def init_weights_(self, generator: torch.Generator) -> None:
         """Draws fresh weights: the reference's (DINOv2's), each parameter in the order of the table."""
+        std = self.config.init_std
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name == "patch_embed.proj.weight":
@@ -282,7 +280,7 @@ class ElasticViT(Backbone):
                 elif "norm" in name:
                     parameter.fill_(1.0)
                 else:
-                    nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+                    nn.init.trunc_normal_(parameter, std=std, generator=generator)
 
     def compile_blocks_(self) -> None:
         """See `Backbone.compile_blocks_`."""

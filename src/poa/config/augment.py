@@ -68,16 +68,15 @@ class AugmentConfig:
         require_range("augment.aspect", self.aspect, 0.05, 20.0)
         for name in ("flip_prob", "jitter_prob", "grayscale_prob", "solarize_prob"):
             require_probability(f"augment.{name}", getattr(self, name))
-        require(
-            len(self.blur_probs) == 3, "augment.blur_probs", self.blur_probs, "three: view 1, view 2, local"
-        )
+        require(len(self.blur_probs) == 3, "augment.blur_probs", self.blur_probs, "three: view 1, view 2, local")
         for value in self.blur_probs:
             require_probability("augment.blur_probs", value)
         for name in ("brightness", "contrast", "saturation"):
             require_probability(f"augment.{name}", getattr(self, name))
         require(0.0 <= self.hue <= 0.5, "augment.hue", self.hue, "between 0 and 0.5")
         require_range("augment.blur_sigma", self.blur_sigma, 1e-3, 100.0)
-        require(self.blur_kernel % 2 == 1, "augment.blur_kernel", self.blur_kernel, "odd")
+            kernel = self.blur_kernel
+        require(kernel > 0 and kernel % 2 == 1, "augment.blur_kernel", kernel, "odd and positive")
         require(
             0 <= self.solarize_threshold <= 256,
             "augment.solarize_threshold",
@@ -104,7 +103,5 @@ class MaskConfig:
     def __post_init__(self) -> None:
         require_probability("mask.prob", self.prob)
         require_range("mask.ratio", self.ratio, 0.0, 1.0)
-        require(
-            0.0 < self.min_aspect <= 1.0, "mask.min_aspect", self.min_aspect, "between 0 (excluded) and 1"
-        )
+        require(0.0 < self.min_aspect <= 1.0, "mask.min_aspect", self.min_aspect, "between 0 (excluded) and 1")
         require(self.min_patches >= 1, "mask.min_patches", self.min_patches, "1 or more")

@@ -64,9 +64,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path} must hold `section: {{option: value}}` pairs; got a {type(values).__name__}."
-        )
+        raise ConfigError(f"{path} must hold `section: {{option: value}}` pairs; got a {type(values).__name__}.")
     return values
 
 
@@ -85,9 +83,7 @@ def load_recipe(name: str) -> PretrainConfig:
     names = recipe_names()
     if name not in names:
         raise ConfigError(f"there is no recipe {name!r}{_nearest(name, names)}. Recipes: {', '.join(names)}.")
-    values = yaml.safe_load(
-        resources.files("poa.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    )
+    values = yaml.safe_load(resources.files("poa.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
     return from_dict(PretrainConfig, values, f"recipe {name}")
 
 
@@ -96,15 +92,11 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
-        result[key] = (
-            merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-        )
+        result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return result
 
 
-def differences(
-    left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = ""
-) -> dict[str, tuple[Any, Any]]:
+def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """`{"section.option": (left value, right value)}` for every option in which the two differ."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*left, *right]):

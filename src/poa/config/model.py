@@ -35,6 +35,8 @@ class ViTConfig:
     """Leave class and register tokens out of the position embedding (timm's no_embed_class)."""
     init_values: float | None = 1e-5
     """Start of LayerScale; None leaves LayerScale out."""
+    init_std: float = 0.02
+    """Standard deviation of fresh weights; 0.02 suits widths of some hundreds, narrow networks need more."""
     drop_path: float = 0.2
     """Stochastic depth: share of a batch's rows that each block of the students leaves out."""
     draw_emphasis: float = 3.0
@@ -67,6 +69,7 @@ class ViTConfig:
         require_positive("model.num_channels", self.num_channels)
         require_positive("model.mlp_ratio", self.mlp_ratio)
         require_non_negative("model.num_reg_tokens", self.num_reg_tokens)
+        require_positive("model.init_std", self.init_std)
         require(0.0 <= self.drop_path < 1.0, "model.drop_path", self.drop_path, "0 or more and less than 1")
         require(self.draw_emphasis >= 1.0, "model.draw_emphasis", self.draw_emphasis, "1 or more")
 

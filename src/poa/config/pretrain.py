@@ -36,9 +36,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "train.epochs", self.epochs, "greater than 0")
-        require(
-            self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more (KoLeo compares neighbours)"
-        )
+        require(self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more (KoLeo compares neighbours)")
         require_non_negative("train.seed", self.seed)
         for name in ("checkpoint_every", "keep_checkpoints", "log_every", "max_skipped_steps"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
@@ -112,8 +110,7 @@ class PretrainConfig:
             f"of length 1 or model.num_channels {channels}",
         )
         require(
-            self.train.batch_size % self.optim.accumulate == 0
-            and self.train.batch_size // self.optim.accumulate >= 2,
+            self.train.batch_size % self.optim.accumulate == 0 and self.train.batch_size // self.optim.accumulate >= 2,
             "optim.accumulate",
             self.optim.accumulate,
             f"a divisor of train.batch_size {self.train.batch_size} that leaves micro-batches of 2 or more",

@@ -176,8 +176,7 @@ def cut_state(layout: Layout, state: Mapping[str, Tensor], subnet: Subnet) -> di
         subnet: the sub-network.
     """
     return {
-        target: cut.apply(state[source].detach(), subnet.width).clone()
-        for source, target, cut in layout.owned(subnet)
+        target: cut.apply(state[source].detach(), subnet.width).clone() for source, target, cut in layout.owned(subnet)
     }
 
 

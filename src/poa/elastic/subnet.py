@@ -158,10 +158,7 @@ class SearchSpace:
     def draw_list(self) -> tuple[Subnet, ...]:
         """The list that training draws from: each as often as its multiplicity, the intact network never."""
         return tuple(
-            subnet
-            for subnet, count in self.multiplicities.items()
-            if subnet != self.intact
-            for _ in range(count)
+            subnet for subnet, count in self.multiplicities.items() if subnet != self.intact for _ in range(count)
         )
 
     def draw(self, seed: int, position: int) -> Subnet | None:
@@ -173,7 +170,7 @@ class SearchSpace:
             return None
         walk, step = divmod(position, len(self.draw_list))
         order = generator(seed, "subnets", walk).permutation(len(self.draw_list))
-        return self.draw_list[order[step]]
+        return self.draw_list[int(order[step])]
 
 
 def _spell(values: tuple[int, ...]) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 @torch.no_grad()
 def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher ← momentum · teacher + (1 − momentum) · student, in place, for every parameter."""
+    """Teacher ← momentum · teacher + (1 − momentum) · student, in place, for every parameter."""
     torch._foreach_lerp_(
         [parameter.data for parameter in teacher.parameters()],
         [parameter.data for parameter in student.parameters()],

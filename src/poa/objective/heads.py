@@ -54,9 +54,7 @@ class ProjectionHeads(nn.Module):
 
     def __init__(self, max_width: int, config: HeadsConfig) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(
-            ProjectionHead(max_width, config, count) for count in config.num_prototypes
-        )
+        self.heads = nn.ModuleList(ProjectionHead(max_width, config, count) for count in config.num_prototypes)
 
     def forward(self, x: Float[Tensor, "R C"], width: int) -> list[Float[Tensor, "R K"]]:
         """The logits of every head."""

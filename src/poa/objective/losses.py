@@ -30,16 +30,12 @@ class LossTerms(NamedTuple):
     distill_global: Float[Tensor, "H"] | None
 
 
-def cross_entropy(
-    targets: Float[Tensor, "*R K"], logits: Float[Tensor, "*R K"], temp: float
-) -> Float[Tensor, "*R"]:
+def cross_entropy(targets: Float[Tensor, "*R K"], logits: Float[Tensor, "*R K"], temp: float) -> Float[Tensor, "*R"]:
     """−Σ_k q_k log softmax(z / temp)_k for each row. Linear in the targets, which need not sum to 1."""
     return -(targets * F.log_softmax(logits.float() / temp, dim=-1)).sum(dim=-1)
 
 
-def local_loss(
-    targets: Float[Tensor, "2B K"], logits: Float[Tensor, "LB K"], temp: float
-) -> Float[Tensor, ""]:
+def local_loss(targets: Float[Tensor, "2B K"], logits: Float[Tensor, "LB K"], temp: float) -> Float[Tensor, ""]:
     """(1/n) Σ_l Σ_g mean_B CE(q(g), X(l)) with n = 2 + 2L (DINO; POA eq. 3). 0 without local crops.
 
     The two views' targets are added before multiplying: the cross-entropy is linear in them.
@@ -74,10 +70,8 @@ def patch_loss(
     return (cross_entropy(targets, logits, temp) * weights).sum() / num_rows
 
 
-def distillation_loss(
-    intact: Float[Tensor, "R K"], elastic: Float[Tensor, "R K"], temp: float
-) -> Float[Tensor, ""]:
-    """mean CE(softmax(S / temp), E): the elastic student learns from the intact one's same view (POA eq. 4).
+def distillation_loss(intact: Float[Tensor, "R K"], elastic: Float[Tensor, "R K"], temp: float) -> Float[Tensor, ""]:
+    """Mean CE(softmax(S / temp), E): the elastic student learns from the intact one's same view (POA eq. 4).
 
     No gradient reaches the intact student. 0 without rows.
     """

@@ -89,9 +89,7 @@ class Branch(nn.Module):
         patches = features[0].patches.flatten(0, 1).index_select(0, views.masked)
         rows = torch.cat([cls, local, patches])
         sizes = [cls.shape[0], local.shape[0], patches.shape[0]]
-        return BranchOutput(
-            cls, [HeadRows(*logits.split(sizes)) for logits in self.heads(rows, subnet.width)]
-        )
+        return BranchOutput(cls, [HeadRows(*logits.split(sizes)) for logits in self.heads(rows, subnet.width)])
 
 
 class PoaModel(nn.Module):
@@ -158,8 +156,6 @@ def branch_terms(targets: list[HeadTargets], output: BranchOutput, views: Views,
     return BranchTerms(
         local=torch.stack([local_loss(q.cls, z.local, temp) for q, z in pairs]),
         global_=torch.stack([global_loss(q.cls, z.global_, temp, num_local_crops) for q, z in pairs]),
-        patch=torch.stack(
-            [patch_loss(q.patch, z.patch, views.mask_weights, temp, num_rows) for q, z in pairs]
-        ),
+        patch=torch.stack([patch_loss(q.patch, z.patch, views.mask_weights, temp, num_rows) for q, z in pairs]),
         koleo=sum((koleo_loss(view) for view in output.cls.chunk(2)), start=output.cls.new_zeros(())),
     )

@@ -57,9 +57,7 @@ class Targets(nn.Module):
                 centers.extend(CenteredTargets(count, config.center_momentum) for count in num_prototypes)
 
     @torch.no_grad()
-    def forward(
-        self, logits: Float[Tensor, "R K"], head: int, temp: float, *, patches: bool
-    ) -> Float[Tensor, "R K"]:
+    def forward(self, logits: Float[Tensor, "R K"], head: int, temp: float, *, patches: bool) -> Float[Tensor, "R K"]:
         """The targets of one head's logits, of class vectors or of patches; no rows give no rows."""
         if not math.prod(logits.shape):
             return logits.float()

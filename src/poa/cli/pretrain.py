@@ -1,0 +1,92 @@
+"""`poa pretrain`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from poa.config import PretrainConfig, from_dict, load_recipe, load_yaml, recipe_names, to_dict
+from poa.config.files import merged
+from poa.errors import ConfigError
+
+DEFAULT_RECIPE = "vit-s16"
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pre-train a family of sub-networks on unlabelled images.
+
+    Start from a recipe, lay a YAML file over it if you like, and change single options here. The same command, or
+    just `poa pretrain --out RUN`, goes on with a run that was stopped. The result is in RUN/family.
+    """
+
+    out: Path
+    """The run directory."""
+    recipe: str | None
+    """The recipe to start from; vit-s16 by default. The options below show its values."""
+    config: Path | None
+    """A YAML file with options, laid over the recipe: `section: {option: value}`."""
+    options: Annotated[PretrainConfig, tyro.conf.arg(name="")]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command; exit status 0, or 128 + signal when stopped by one."""
+    config, out = parse(arguments)
+    from poa.train import ConsoleReporter, pretrain
+
+    result = pretrain(config, out, ConsoleReporter())
+    if result.family is None:
+        print(f"Stopped after step {result.step} of {result.num_steps}; saved.", file=sys.stderr)
+        print(f"Go on with: poa pretrain --out {out}", file=sys.stderr)
+        return 128 + (result.signal or 0)
+    print(f"The family is in {result.family}. See its sub-networks with: poa subnets {out}")
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[PretrainConfig, Path]:
+    """The configuration that the arguments ask for, and the run directory.
+
+    The base is the run that is in --out if there is one and neither --recipe nor --config is given, else the recipe.
+
+    Raises:
+        ConfigError: the recipe or the YAML file is not there or not valid, or an option is out of range.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--out", type=Path)
+    first.add_argument("--recipe")
+    first.add_argument("--config", type=Path)
+    try:
+        known, _ = first.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}.") from error
+    base = _base(known.out, known.recipe, known.config)
+    out = known.out if known.out is not None else tyro.MISSING
+    command = tyro.cli(
+        Pretrain,
+        prog="poa pretrain",
+        args=list(arguments),
+        default=Pretrain(out, known.recipe, known.config, base),
+        description=f"{Pretrain.__doc__}\n\nRecipes: {', '.join(recipe_names())}.",
+    )
+    if not command.options.data.source:
+        raise ConfigError("where are the images? Give --data FOLDER, --data FILE.parquet or --data digits.")
+    return command.options, command.out
+
+
+def _base(out: Path | None, recipe: str | None, file: Path | None) -> PretrainConfig:
+    if out is not None and recipe is None and file is None:
+        from poa.train.run_directory import RunDirectory
+
+        saved = RunDirectory(out).saved_config()
+        if saved is not None:
+            return saved
+    base = load_recipe(recipe or DEFAULT_RECIPE)
+    if file is None:
+        return base
+    return from_dict(PretrainConfig, merged(to_dict(base), load_yaml(file)), str(file))

@@ -1,0 +1,36 @@
+"""Images: where they come from, how they are decoded, augmented, masked and put into batches."""
+
+from poa.data.augment import MultiCrop, eval_transform, normalize
+from poa.data.bad_images import BadImageLog
+from poa.data.base import ImageSource, SkippedImage
+from poa.data.decode import BadImage, decode_image
+from poa.data.loader import Batch, BatchLoader, MultiCropBatches, make_loader, resolve_num_workers
+from poa.data.masking import batch_masks, block_mask
+from poa.data.sampler import EpochPlan
+from poa.data.sources import SOURCES, open_source
+from poa.data.views import ViewDraw, ViewRecipe, apply_view, draw_view
+
+__all__ = [
+    "SOURCES",
+    "BadImage",
+    "BadImageLog",
+    "Batch",
+    "BatchLoader",
+    "EpochPlan",
+    "ImageSource",
+    "MultiCrop",
+    "MultiCropBatches",
+    "SkippedImage",
+    "ViewDraw",
+    "ViewRecipe",
+    "apply_view",
+    "batch_masks",
+    "block_mask",
+    "decode_image",
+    "draw_view",
+    "eval_transform",
+    "make_loader",
+    "normalize",
+    "open_source",
+    "resolve_num_workers",
+]

@@ -1,0 +1,196 @@
+"""Micro-batches of augmented crops with masks, made in this process or in others."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from poa.config import PretrainConfig
+from poa.data.augment import NUM_GLOBAL_CROPS, MultiCrop
+from poa.data.base import ImageSource, SkippedImage
+from poa.data.decode import BadImage
+from poa.data.masking import batch_masks
+from poa.data.sampler import EpochPlan
+from poa.errors import DataError
+from poa.randomness import generator
+
+_MAX_UNREADABLE = 100
+_MAX_WORKERS = 16
+
+
+class Batch(NamedTuple):
+    """A micro-batch of B images.
+
+    Attributes:
+        global_crops: two of every image; view first, so that both views of an image lie B rows apart.
+        local_crops: L of every image, L may be 0.
+        masks: of the global crops, N patches each: all first views, then all second views.
+        indices: where the images stand in the source (as planned, also where another one stands in).
+        skipped: images that could not be read; each was replaced by the next one that could.
+    """
+
+    global_crops: UInt8[Tensor, "2 B C H W"]
+    local_crops: UInt8[Tensor, "L B C h w"]
+    masks: Bool[Tensor, "2*B N"]
+    indices: Int64[Tensor, " B"]
+    skipped: list[SkippedImage]
+
+
+class MultiCropBatches(Dataset[Batch]):
+    """Micro-batch t of a run, as item t: a pure function of the source, the plan and the configuration.
+
+    What is drawn for an image depends on the plan's seed, the epoch and the image's index only; the targets
+    of the masks depend on the seed and t.
+
+    Args:
+        source: the images, of `config.model.num_channels` channels.
+        plan: which images micro-batch t holds.
+        config: augmentation, masks, image and patch size.
+    """
+
+    def __init__(self, source: ImageSource, plan: EpochPlan, config: PretrainConfig) -> None:
+        self.source = source
+        self.plan = plan
+        self.mask_config = config.mask
+        side = config.model.image_size // config.model.patch_size
+        self.grid = (side, side)
+        self._crops = MultiCrop(config.augment, config.model.image_size, config.model.num_channels)
+
+    def __getitem__(self, micro_step: int) -> Batch:
+        """The micro-batch.
+
+        Raises:
+            DataError: 100 images in a row cannot be read.
+        """
+        epoch, indices = self.plan.position(micro_step)
+        skipped: list[SkippedImage] = []
+        crops = [self._sample(epoch, index, skipped) for index in indices.tolist()]
+        return Batch(
+            global_crops=torch.from_numpy(np.stack([views for views, _ in crops], axis=1)),
+            local_crops=torch.from_numpy(np.stack([views for _, views in crops], axis=1)),
+            masks=torch.from_numpy(self._masks(epoch, indices, micro_step)),
+            indices=torch.from_numpy(indices),
+            skipped=skipped,
+        )
+
+    def _sample(
+        self, epoch: int, index: int, skipped: list[SkippedImage]
+    ) -> tuple[UInt8[np.ndarray, "2 C H W"], UInt8[np.ndarray, "L C h w"]]:
+        image = self._readable(index, skipped)
+        return self._crops(image, lambda crop: generator(self.plan.seed, "augment", epoch, index, crop))
+
+    def _readable(self, index: int, skipped: list[SkippedImage]) -> Image.Image:
+        for step in range(_MAX_UNREADABLE):
+            candidate = (index + step) % len(self.source)
+            try:
+                return self.source.load(candidate)
+            except BadImage as error:
+                skipped.append(SkippedImage(self.source.image_name(candidate), error.reason))
+        last = "".join(f"\n  {name}: {reason}" for name, reason in skipped[-3:])
+        raise DataError(
+            f"{_MAX_UNREADABLE} images of {self.source.spec!r} in a row cannot be read; the last:{last}\n"
+            f"Is the disk still there? If the files are broken, remove them and start again."
+        )
+
+    def _masks(self, epoch: int, indices: Int64[np.ndarray, " B"], micro_step: int) -> Bool[np.ndarray, "2*B N"]:
+        seed, size = self.plan.seed, len(indices)
+
+        def rng_for_row(row: int) -> np.random.Generator:
+            view, place = divmod(row, size)
+            return generator(seed, "mask", epoch, int(indices[place]), view)
+
+        rng_for_targets = generator(seed, "mask targets", micro_step)
+        return batch_masks(NUM_GLOBAL_CROPS * size, self.grid, self.mask_config, rng_for_targets, rng_for_row)
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A `DataLoader` whose `DataError`s arrive as they were raised, without a worker's traceback in them."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for item in super().__iter__():
+            if isinstance(item, DataError):
+                raise item
+            yield item
+
+
+class _ErrorsAsItems(Dataset[Batch | DataError]):
+    """Gives a `DataError` back instead of raising it, so that it crosses the process unchanged."""
+
+    def __init__(self, batches: MultiCropBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, micro_step: int) -> Batch | DataError:
+        try:
+            return self.batches[micro_step]
+        except DataError as error:
+            return error
+
+
+def make_loader(batches: MultiCropBatches, first: int, last: int, num_workers: int, pin_memory: bool) -> BatchLoader:
+    """Micro-batches first … last − 1 in order; the same ones for any number of workers.
+
+    Workers run one thread each and leave SIGINT and SIGTERM to this process. Without workers, OpenCV is set
+    to one thread in this process: on crops of this size its threads cost more than they give.
+
+    Args:
+        batches: where the micro-batches come from.
+        first: the first micro-batch.
+        last: one past the last micro-batch.
+        num_workers: processes that make them; 0 makes them in this one.
+        pin_memory: copy them into page-locked memory (for CUDA).
+    """
+    if num_workers == 0:
+        cv2.setNumThreads(0)
+    return BatchLoader(
+        _ErrorsAsItems(batches),  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=num_workers,
+        collate_fn=_unchanged,  # type: ignore[arg-type]
+        pin_memory=pin_memory,
+        prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+    )
+
+
+def resolve_num_workers(requested: int, device_type: str) -> int:
+    """The number of worker processes: `requested`, or for -1 a number that suits the machine.
+
+    Args:
+        requested: `runtime.num_workers`.
+        device_type: "cuda" takes all cores but one (at most 16), others half of the cores; 1 at least.
+    """
+    if requested >= 0:
+        return requested
+    cores = _num_cores()
+    return max(1, min(_MAX_WORKERS, cores - 1) if device_type == "cuda" else cores // 2)
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _start_worker(worker: int) -> None:
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+def _unchanged(item: Batch) -> Batch:
+    return item

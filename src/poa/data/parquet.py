@@ -1,0 +1,173 @@
+"""Images in Parquet files, as Hugging Face's data sets store them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+from PIL import Image
+
+from poa.config import DataConfig
+from poa.data.base import ImageSource, SkippedImage, checked_index, printable
+from poa.data.decode import decode_image, mode_of_channels
+from poa.errors import DataError
+
+
+class ParquetSource(ImageSource):
+    """The encoded images of a column of one Parquet file, or of all files of a folder in order of name.
+
+    The column stays encoded in memory. Rows without an image are skipped. Labels are absent when the label
+    column is, or when a row has none (null, or negative as in unlabelled test splits).
+    """
+
+    def __init__(self, spec: str, config: DataConfig, num_channels: int) -> None:
+        mode_of_channels(num_channels)
+        self.spec = spec
+        self.num_channels = num_channels
+        self.max_pixels = config.max_pixels
+        self._files = _parquet_files(Path(spec).expanduser())
+        tables = [_read(file, config) for file in self._files]
+        chunks = [_encoded(table.column(config.image_column), config.image_column) for table in tables]
+        self._starts = np.cumsum([0, *(table.num_rows for table in tables)])[:-1]
+        arrow = _arrow()
+        parts = [part for chunked in chunks for part in chunked.chunks]
+        self._column = arrow.chunked_array(parts, arrow.large_binary())
+        present = _has_bytes(self._column)
+        self._rows = np.flatnonzero(present)
+        self.skipped = tuple(
+            SkippedImage(self._row_name(int(row)), "has no image bytes") for row in np.flatnonzero(~present)
+        )
+        labels = _labels([table for table in tables if table.num_rows], config.label_column)
+        self.labels = None if labels is None else labels[self._rows]
+        self.class_names = _class_names(tables[0], config.label_column) if labels is not None else None
+        self._check_class_names()
+
+    @classmethod
+    def accepts(cls, spec: str) -> bool:
+        """Whether it is a .parquet file, or a folder with nothing but .parquet files."""
+        path = Path(spec).expanduser()
+        if path.is_dir():
+            names = [entry.name for entry in path.iterdir()]
+            return bool(names) and all(name.lower().endswith(".parquet") for name in names)
+        return path.is_file() and path.suffix.lower() == ".parquet"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def load(self, index: int) -> Image.Image:
+        """See `ImageSource.load`."""
+        row = int(self._rows[checked_index(index, len(self))])
+        return decode_image(self._column[row].as_py(), self.num_channels, self.max_pixels)
+
+    def image_name(self, index: int) -> str:
+        """The file and the row in it, for example `train-0.parquet:17`."""
+        return self._row_name(int(self._rows[checked_index(index, len(self))]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over the encoded images and the labels."""
+        digest = hashlib.sha256()
+        for row in self._rows.tolist():
+            content = self._column[row].as_buffer()
+            digest.update(content.size.to_bytes(8, "little"))
+            digest.update(content)
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+    def _row_name(self, row: int) -> str:
+        file = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return f"{printable(self._files[file].name)}:{row - int(self._starts[file])}"
+
+    def _check_class_names(self) -> None:
+        if self.class_names is None or self.labels is None or not len(self.labels):
+            return
+        highest = int(self.labels.max())
+        if highest >= len(self.class_names):
+            raise DataError(
+                f"{self.spec} has labels up to {highest} but names only {len(self.class_names)} classes in "
+                f"its metadata. Mend the file, or name another column by --data.label-column."
+            )
+
+
+def _arrow() -> ModuleType:
+    try:
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError('Parquet files need pyarrow, which is not installed: pip install "poa[parquet]"') from error
+    module: ModuleType = pyarrow
+    return module
+
+
+def _parquet_files(path: Path) -> list[Path]:
+    return sorted(path.iterdir(), key=lambda file: file.name) if path.is_dir() else [path]
+
+
+def _read(file: Path, config: DataConfig) -> Any:  # noqa: ANN401 (a pyarrow table)
+    arrow = _arrow()
+    try:
+        names = arrow.parquet.read_schema(file).names
+        if config.image_column not in names:
+            raise DataError(
+                f"{file} has no column {config.image_column!r}; its columns are {', '.join(names)}. "
+                f"Name the one with the images by --data.image-column."
+            )
+        wanted = dict.fromkeys(name for name in (config.image_column, config.label_column) if name in names)
+        return arrow.parquet.ParquetFile(file).read(columns=list(wanted))
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())}") from error
+
+
+def _encoded(column: Any, name: str) -> Any:  # noqa: ANN401 (pyarrow chunked arrays)
+    """The column's bytes, taken out of the structs where it holds structs."""
+    arrow = _arrow()
+    kind = column.type
+    if arrow.types.is_struct(kind) and "bytes" in [field.name for field in kind]:
+        column = arrow.compute.struct_field(column, "bytes")
+    if not (arrow.types.is_binary(column.type) or arrow.types.is_large_binary(column.type)):
+        raise DataError(
+            f"the column {name!r} holds {kind}; images must be bytes, or a struct with a field `bytes`. "
+            f"Name another column by --data.image-column."
+        )
+    return column.cast(arrow.large_binary())
+
+
+def _has_bytes(column: Any) -> np.ndarray:  # noqa: ANN401 (a pyarrow chunked array)
+    compute = _arrow().compute
+    lengths = compute.fill_null(compute.binary_length(column), 0)
+    return np.asarray(lengths.to_numpy()) > 0
+
+
+def _labels(tables: list[Any], name: str) -> Int64[np.ndarray, " rows"] | None:
+    """The labels of all rows; None when a table lacks the column or a row has no label."""
+    arrow = _arrow()
+    if not tables or any(name not in table.column_names for table in tables):
+        return None
+    columns = [table.column(name) for table in tables]
+    for column in columns:
+        if not arrow.types.is_integer(column.type):
+            raise DataError(
+                f"the column {name!r} holds {column.type}; labels must be integers. Name another column by "
+                f"--data.label-column (one that does not exist leaves labels out)."
+            )
+    if any(column.null_count for column in columns):
+        return None
+    labels = np.concatenate([column.to_numpy() for column in columns]).astype(np.int64)
+    return labels if labels.min() >= 0 else None
+
+
+def _class_names(table: Any, column: str) -> tuple[str, ...] | None:  # noqa: ANN401 (a pyarrow table)
+    """The names that Hugging Face's metadata give the classes; None without (readable) metadata."""
+    try:
+        metadata = json.loads((table.schema.metadata or {})[b"huggingface"])
+        names = metadata["info"]["features"][column]["names"]
+        return tuple(printable(str(name)) for name in names) if isinstance(names, list) else None
+    except (KeyError, TypeError, ValueError):
+        return None

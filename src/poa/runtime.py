@@ -1,0 +1,65 @@
+"""The "auto" values of the runtime, resolved in one place, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from poa.config import RuntimeConfig
+from poa.data import resolve_num_workers
+from poa.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a run computes."""
+
+    device: torch.device
+    precision: Literal["float32", "bfloat16"]
+    compile: bool
+    num_workers: int
+
+    def describe(self) -> dict[str, str | int | bool]:
+        """For the record: device, precision, compilation, workers, threads."""
+        cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
+            "precision": self.precision,
+            "compile": self.compile,
+            "num_workers": self.num_workers,
+            "num_threads": torch.get_num_threads(),
+        }
+
+
+def resolve_runtime(config: RuntimeConfig) -> Runtime:
+    """The runtime that a configuration asks for on this machine.
+
+    Raises:
+        ConfigError: the device asked for is not there.
+    """
+    device = _resolve_device(config.device)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    # bfloat16 needs no loss scaling and is fast on CUDA since Ampere; on CPUs it is mostly slower than float32.
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    # Compiling a block takes 10 to 40 seconds; on a GPU that is repaid within minutes, on a CPU often not.
+    compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+    return Runtime(device, precision, compiles, resolve_num_workers(config.num_workers, device.type))
+
+
+def _resolve_device(name: str) -> torch.device:
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available[name]:
+        there = ", ".join(kind for kind, found in available.items() if found)
+        raise ConfigError(f"runtime.device is {name!r}, but this machine has none that torch can use. There: {there}.")
+    return torch.device(name)

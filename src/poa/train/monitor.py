@@ -1,0 +1,73 @@
+"""A look at a few sub-networks while training: k-NN where labels exist, RankMe always."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+
+from poa.backbones.base import Backbone
+from poa.config import PretrainConfig
+from poa.data import ImageSource
+from poa.elastic import SearchSpace, Subnet
+from poa.errors import PoaWarning
+from poa.evaluate import extract_features, knn_accuracies, rankme
+from poa.family import Preprocessing
+from poa.randomness import generator
+
+KNN_K = 20
+"""Neighbours of the monitor's k-NN; fewer where there are fewer images."""
+
+
+class Monitor:
+    """Looks at the smallest, the middle and the largest sub-network of the teacher.
+
+    The images are a fixed random sample of the training source; a fifth of them are the k-NN queries.
+    """
+
+    def __init__(self, config: PretrainConfig, source: ImageSource, space: SearchSpace) -> None:
+        self.config = config.monitor
+        self.source = source
+        self.how = preprocessing_of(config)
+        self.subnets: list[Subnet] = space.parse_all(["smallest", "middle", "intact"])
+        order = generator(config.train.seed, "monitor").permutation(len(source))
+        self.indices: np.ndarray = np.sort(order[: self.config.num_images])
+        self.is_query = generator(config.train.seed, "monitor queries").random(len(self.indices)) < 0.2
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether to look after `step` steps."""
+        return self.config.every > 0 and (step % self.config.every == 0 or step == num_steps)
+
+    def look(self, backbone: Backbone) -> dict[str, dict[str, float]]:
+        """For each of the three sub-networks `rankme`, and `knn` where labels exist; warns of collapse."""
+        training = backbone.training
+        backbone.eval()
+        with extract_features(backbone, self.source, self.subnets, self.how, indices=self.indices) as features:
+            found = {str(subnet): self._figures(features.of(subnet), features.indices) for subnet in self.subnets}
+        backbone.train(training)
+        for subnet, figures in found.items():
+            if figures["rankme"] < self.config.collapse_rank:
+                warnings.warn(
+                    f"the features of {subnet} have an effective rank of {figures['rankme']:.2f}: they are collapsing. "
+                    "A lower --optim.base-lr, a longer --optim.warmup-epochs or larger batches may help.",
+                    PoaWarning,
+                    stacklevel=2,
+                )
+        return found
+
+    def _figures(self, features: torch.Tensor, indices: np.ndarray) -> dict[str, float]:
+        figures = {"rankme": rankme(features)}
+        labels = self.source.labels
+        query = torch.from_numpy(self.is_query[np.searchsorted(self.indices, indices)])
+        if labels is not None and query.any() and not query.all():
+            truth = torch.from_numpy(labels[indices])
+            k = min(KNN_K, int((~query).sum()))
+            found = knn_accuracies(features[~query], truth[~query], features[query], truth[query], ks=[k])
+            figures["knn"] = found[k]
+        return figures
+
+
+def preprocessing_of(config: PretrainConfig) -> Preprocessing:
+    """How images become the input of the family that this run makes."""
+    return Preprocessing(config.model.image_size, config.model.num_channels, config.augment.mean, config.augment.std)
