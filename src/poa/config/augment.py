@@ -75,7 +75,7 @@ class AugmentConfig:
             require_probability(f"augment.{name}", getattr(self, name))
         require(0.0 <= self.hue <= 0.5, "augment.hue", self.hue, "between 0 and 0.5")
         require_range("augment.blur_sigma", self.blur_sigma, 1e-3, 100.0)
-            kernel = self.blur_kernel
+        kernel = self.blur_kernel
         require(kernel > 0 and kernel % 2 == 1, "augment.blur_kernel", kernel, "odd and positive")
         require(
             0 <= self.solarize_threshold <= 256,
