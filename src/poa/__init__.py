@@ -13,8 +13,9 @@ many widths and depths are cut, exactly.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from poa.version import __version__
 
 if TYPE_CHECKING:
     from poa.config import PretrainConfig, load_recipe
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from poa.family import Family, load
     from poa.train import pretrain
 
-__version__ = version("poa")
 
 _HOMES = {
     "Family": "poa.family",

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import poa
 from poa.backbones import Architecture, architecture
 from poa.config import from_dict, to_dict
 from poa.elastic import SearchSpace, Subnet, num_params
 from poa.errors import CheckpointError, ConfigError, ExtractionError
 from poa.files import replace_directory, write_json
 from poa.randomness import derived_seed
+from poa.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +174,7 @@ class Family:
                 "verification": to_dict(found),
                 "provenance": dict(self.card.provenance),
                 "family_weights_sha256": self.card.weights_sha256,
-                "poa_version": poa.__version__,
+                "poa_version": __version__,
             }
             write_json(scratch / "poa.json", record)
         return found

@@ -2,7 +2,16 @@
 
 from poa.objective.ema import ema_update_
 from poa.objective.heads import ProjectionHeads
-from poa.objective.losses import LossTerms, total_loss
-from poa.objective.poa import PoaModel, Views, poa_losses
+from poa.objective.losses import StudentTerms, student_loss, student_shares
+from poa.objective.poa import PoaModel, Views, student_terms
 
-__all__ = ["LossTerms", "PoaModel", "ProjectionHeads", "Views", "ema_update_", "poa_losses", "total_loss"]
+__all__ = [
+    "PoaModel",
+    "ProjectionHeads",
+    "StudentTerms",
+    "Views",
+    "ema_update_",
+    "student_loss",
+    "student_shares",
+    "student_terms",
+]

@@ -12,22 +12,33 @@ from torch.nn import functional as F
 from poa.config import ObjectiveConfig
 
 
-class BranchTerms(NamedTuple):
-    """The losses of one student against the teacher, unweighted."""
+class StudentTerms(NamedTuple):
+    """The losses of one student, unweighted, for each head where there is one for each."""
 
     local: Float[Tensor, "H"]
     global_: Float[Tensor, "H"]
     patch: Float[Tensor, "H"]
     koleo: Float[Tensor, ""]
+    distill_local: Float[Tensor, "H"] | None = None
+    """Same-view distillation: the elastic student only."""
+    distill_global: Float[Tensor, "H"] | None = None
 
 
-class LossTerms(NamedTuple):
-    """Every term of the objective, unweighted. Without an elastic student the last three are None."""
+class Shares(NamedTuple):
+    """How the objective is shared between the students: of the losses, and of KoLeo."""
 
-    intact: BranchTerms
-    elastic: BranchTerms | None
-    distill_local: Float[Tensor, "H"] | None
-    distill_global: Float[Tensor, "H"] | None
+    losses: float
+    koleo: float
+
+
+def student_shares(config: ObjectiveConfig, *, has_elastic: bool) -> tuple[Shares, Shares]:
+    """The shares of the intact and of the elastic student: λ and 1 − λ, KoLeo half and half.
+
+    Without an elastic student the intact one has everything.
+    """
+    if not has_elastic:
+        return Shares(1.0, 1.0), Shares(0.0, 0.0)
+    return Shares(config.intact_weight, 0.5), Shares(1.0 - config.intact_weight, 0.5)
 
 
 def cross_entropy(targets: Float[Tensor, "*R K"], logits: Float[Tensor, "*R K"], temp: float) -> Float[Tensor, "*R"]:
@@ -94,22 +105,12 @@ def koleo_loss(x: Float[Tensor, "B C"]) -> Float[Tensor, ""]:
     return -torch.log(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).mean()
 
 
-def total_loss(terms: LossTerms, config: ObjectiveConfig) -> Float[Tensor, ""]:
-    """(1/H) Σ_h [ λ (local + global + patch)_S + (1−λ) (local + global + patch)_E + (1−λ) distill ] + KoLeo.
+def student_loss(terms: StudentTerms, config: ObjectiveConfig, shares: Shares) -> Float[Tensor, ""]:
+    """One student's part of the objective (POA eq. 5); the parts of both add up to the whole.
 
-    POA eq. 5 with the weights of the configuration; KoLeo is the mean over the students. Without an elastic
-    student λ is 1.
+    share · (1/H) Σ_h (local + global + patch + distill) + share of KoLeo, with the weights of the configuration.
     """
-    intact_share = 1.0 if terms.elastic is None else config.intact_weight
-    total = intact_share * _branch_loss(terms.intact, config)
-    koleo = terms.intact.koleo
-    if terms.elastic is not None and terms.distill_local is not None and terms.distill_global is not None:
-        distill = config.distill_weight * (terms.distill_local + terms.distill_global).mean()
-        total = total + (1 - intact_share) * (_branch_loss(terms.elastic, config) + distill)
-        koleo = (koleo + terms.elastic.koleo) / 2
-    return total + config.koleo_weight * koleo
-
-
-def _branch_loss(terms: BranchTerms, config: ObjectiveConfig) -> Tensor:
-    cls = config.class_weight * (terms.local + terms.global_).mean()
-    return cls + config.patch_weight * terms.patch.mean()
+    loss = config.class_weight * (terms.local + terms.global_).mean() + config.patch_weight * terms.patch.mean()
+    if terms.distill_local is not None and terms.distill_global is not None:
+        loss = loss + config.distill_weight * (terms.distill_local + terms.distill_global).mean()
+    return shares.losses * loss + config.koleo_weight * shares.koleo * terms.koleo

@@ -14,8 +14,7 @@ from poa.config import HeadsConfig, ObjectiveConfig
 from poa.elastic import Subnet
 from poa.objective.heads import ProjectionHeads
 from poa.objective.losses import (
-    BranchTerms,
-    LossTerms,
+    StudentTerms,
     distillation_loss,
     global_loss,
     koleo_loss,
@@ -55,6 +54,10 @@ class BranchOutput(NamedTuple):
     """The backbone's class vectors of the global crops."""
     heads: list[HeadRows]
     """The logits of each head."""
+
+    def detached(self) -> BranchOutput:
+        """The same values without their graph."""
+        return BranchOutput(self.cls.detach(), [HeadRows(*(rows.detach() for rows in head)) for head in self.heads])
 
 
 class HeadTargets(NamedTuple):
@@ -121,41 +124,32 @@ class PoaModel(nn.Module):
         ]
 
 
-def poa_losses(
-    targets: list[HeadTargets],
-    intact: BranchOutput,
-    elastic: BranchOutput | None,
-    views: Views,
-    temp: float,
-) -> LossTerms:
-    """Every term of the objective, unweighted.
+def student_terms(
+    targets: list[HeadTargets], output: BranchOutput, views: Views, temp: float, teacher: BranchOutput | None = None
+) -> StudentTerms:
+    """One student's losses, unweighted.
 
     Args:
         targets: the teacher's, for each head.
-        intact: the intact student's output.
-        elastic: the elastic student's, or None in a run without it.
+        output: the student's output.
         views: the batch.
         temp: the students' temperature.
+        teacher: for the elastic student the intact one's output, from which it learns the same view; no gradient
+            reaches it.
     """
-    if elastic is None:
-        return LossTerms(branch_terms(targets, intact, views, temp), None, None, None)
-    pairs = list(zip(intact.heads, elastic.heads, strict=True))
-    return LossTerms(
-        intact=branch_terms(targets, intact, views, temp),
-        elastic=branch_terms(targets, elastic, views, temp),
-        distill_local=torch.stack([distillation_loss(s.local, e.local, temp) for s, e in pairs]),
-        distill_global=torch.stack([distillation_loss(s.global_, e.global_, temp) for s, e in pairs]),
-    )
-
-
-def branch_terms(targets: list[HeadTargets], output: BranchOutput, views: Views, temp: float) -> BranchTerms:
-    """One student's losses against the teacher, unweighted."""
     num_rows = output.cls.shape[0]
     num_local_crops = 2 * views.local_crops.shape[0] // num_rows
     pairs = list(zip(targets, output.heads, strict=True))
-    return BranchTerms(
+    terms = StudentTerms(
         local=torch.stack([local_loss(q.cls, z.local, temp) for q, z in pairs]),
         global_=torch.stack([global_loss(q.cls, z.global_, temp, num_local_crops) for q, z in pairs]),
         patch=torch.stack([patch_loss(q.patch, z.patch, views.mask_weights, temp, num_rows) for q, z in pairs]),
         koleo=sum((koleo_loss(view) for view in output.cls.chunk(2)), start=output.cls.new_zeros(())),
+    )
+    if teacher is None:
+        return terms
+    same = list(zip(teacher.heads, output.heads, strict=True))
+    return terms._replace(
+        distill_local=torch.stack([distillation_loss(s.local, e.local, temp) for s, e in same]),
+        distill_global=torch.stack([distillation_loss(s.global_, e.global_, temp) for s, e in same]),
     )

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import poa
 from poa.backbones import architecture
 from poa.config import PretrainConfig
 from poa.data import BadImageLog, Batch, EpochPlan, ImageSource, MultiCropBatches, make_loader, open_source
@@ -29,6 +28,7 @@ from poa.train.report import Reporter
 from poa.train.run_directory import RunDirectory
 from poa.train.schedules import make_schedules
 from poa.train.step import StepRecord, Trainer, train_step
+from poa.version import __version__
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Loop:
 
     def _save(self, done: int, metrics: MetricsLog) -> None:
         tensors = pack_state(self.trainer.model, self.trainer.optimizer)
-        state = {"window": metrics.window_state(), "num_bad_steps": self.num_bad_steps, "poa": poa.__version__}
+        state = {"window": metrics.window_state(), "num_bad_steps": self.num_bad_steps, "poa": __version__}
         self.store.save(done, tensors, state)
 
     def _restore(self) -> tuple[int, dict[str, list[float]] | None]:
@@ -200,7 +200,7 @@ def _finished_family(trainer: Trainer, source: ImageSource) -> Family:
     config = trainer.config
     provenance: dict[str, Any] = {
         "method": "POA (Zhang et al., ECCV 2024), weights of the teacher",
-        "poa": poa.__version__,
+        "poa": __version__,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {"source": source.spec, "num_images": len(source), "fingerprint": source.fingerprint},
         "epochs": config.train.epochs,

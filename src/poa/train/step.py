@@ -12,7 +12,15 @@ from torch import Tensor
 from poa.config import PretrainConfig
 from poa.data import Batch, normalize
 from poa.elastic import Subnet
-from poa.objective import LossTerms, PoaModel, Views, ema_update_, poa_losses, total_loss
+from poa.objective import (
+    PoaModel,
+    StudentTerms,
+    Views,
+    ema_update_,
+    student_loss,
+    student_shares,
+    student_terms,
+)
 from poa.randomness import derived_seed
 from poa.runtime import Runtime
 from poa.train.optim import clip_gradients_, set_step_values_
@@ -44,47 +52,69 @@ class StepRecord:
 
 
 def train_step(trainer: Trainer, batches: Sequence[Batch], step: int) -> StepRecord:
-    """One optimiser step on `batches`, the micro-batches of that step.
+    """One optimiser step on `batches`, the micro-batches of that step (POA §3.1, fig. 2).
 
-    Draw a sub-network, teacher targets, intact student, elastic student, losses, backward; then clip, check,
-    update, and move the teacher (POA §3.1, fig. 2).
+    Each student's losses go backward before the next student runs, so that only one student's activations are in
+    memory; the gradients add up to those of the whole objective.
     """
     config, model, space = trainer.config, trainer.model, trainer.model.student.backbone.space
     values = trainer.schedules.at(step)
     set_step_values_(trainer.optimizer, values)
-    losses, terms, subnets = [], [], []
+    meter = _Meter(len(batches))
 
     for position, batch in enumerate(batches, start=step * len(batches)):
         subnet = space.draw(config.train.seed, position)
         views = to_views(batch, trainer, values.masks)
+        shares = student_shares(config.objective, has_elastic=subnet is not None)
         with autocast(trainer.runtime):
             targets = model.teacher_targets(views, values.teacher_temp)
-            intact = model.student(views, space.intact, _rows_rng(config, position, branch=0))
-            elastic = None
-            if subnet is not None:
-                elastic = model.student(views, subnet, _rows_rng(config, position, branch=1))
-            found = poa_losses(targets, intact, elastic, views, config.objective.student_temp)
-            loss = total_loss(found, config.objective)
-        (loss / len(batches)).backward()
-        losses.append(loss.detach())
-        terms.append(_named(found))
-        subnets.append(subnet)
+            intact = model.student(views, space.intact, _rows_rng(config, position, student=0))
+            terms = student_terms(targets, intact, views, config.objective.student_temp)
+            loss = student_loss(terms, config.objective, shares[0])
+        meter.backward("intact", terms, loss)
+        if subnet is not None:
+            with autocast(trainer.runtime):
+                elastic = model.student(views, subnet, _rows_rng(config, position, student=1))
+                terms = student_terms(targets, elastic, views, config.objective.student_temp, intact.detached())
+                loss = student_loss(terms, config.objective, shares[1])
+            meter.backward("elastic", terms, loss)
+        meter.subnets.append(subnet)
 
     norms = clip_gradients_(model.student, config.optim.clip_grad)
-    loss = torch.stack(losses).mean()
-    is_finite = bool(torch.stack([loss, *norms.values()]).isfinite().all())
+    is_finite = bool(torch.stack([meter.loss, *norms.values()]).isfinite().all())
     if is_finite:
         trainer.optimizer.step()
         ema_update_(model.teacher, model.student, values.ema_momentum)
     trainer.optimizer.zero_grad(set_to_none=True)
-    return StepRecord(
-        loss=float(loss),
-        terms={name: float(torch.stack([part[name] for part in terms]).mean()) for name in terms[0]},
-        grad_norms={name: float(norm) for name, norm in norms.items()},
-        subnets=tuple(subnets),
-        values=values,
-        is_finite=is_finite,
-    )
+    return meter.record(norms, values, is_finite)
+
+
+class _Meter:
+    """Sums up the losses of a step; sends each backward."""
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+        self.loss = torch.zeros(())
+        self.terms: dict[str, Tensor] = {}
+        self.subnets: list[Subnet | None] = []
+
+    def backward(self, student: str, terms: StudentTerms, loss: Tensor) -> None:
+        (loss / self.num_batches).backward()
+        self.loss = self.loss.to(loss.device) + loss.detach() / self.num_batches
+        for name, value in terms._asdict().items():
+            if value is not None:
+                key = f"{student}/{name.rstrip('_')}"
+                self.terms[key] = self.terms.get(key, 0.0) + value.detach().mean() / self.num_batches
+
+    def record(self, norms: dict[str, Tensor], values: StepValues, is_finite: bool) -> StepRecord:
+        return StepRecord(
+            loss=float(self.loss),
+            terms={name: float(value) for name, value in self.terms.items()},
+            grad_norms={name: float(norm) for name, norm in norms.items()},
+            subnets=tuple(self.subnets),
+            values=values,
+            is_finite=is_finite,
+        )
 
 
 def to_views(batch: Batch, trainer: Trainer, masks: bool) -> Views:
@@ -110,14 +140,5 @@ def autocast(runtime: Runtime) -> AbstractContextManager[object]:
     )
 
 
-def _rows_rng(config: PretrainConfig, position: int, branch: int) -> torch.Generator:
-    return torch.Generator().manual_seed(derived_seed(config.train.seed, "rows", position, branch))
-
-
-def _named(terms: LossTerms) -> dict[str, Tensor]:
-    named = {f"intact/{name.rstrip('_')}": value for name, value in terms.intact._asdict().items()}
-    if terms.elastic is not None:
-        named |= {f"elastic/{name.rstrip('_')}": value for name, value in terms.elastic._asdict().items()}
-    if terms.distill_local is not None and terms.distill_global is not None:
-        named |= {"distill/local": terms.distill_local, "distill/global": terms.distill_global}
-    return {name: value.detach().mean() for name, value in named.items()}
+def _rows_rng(config: PretrainConfig, position: int, student: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(config.train.seed, "rows", position, student))

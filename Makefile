@@ -1,0 +1,45 @@
+# `make demo` and `make test` need only Python 3.11+ and make: they make their own environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "poa needs Python 3.11 or newer; set PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+setup: $(READY) ## Make the environment in .venv (a few minutes the first time).
+
+demo: $(READY) ## Pre-train on handwritten digits, evaluate every sub-network, extract one. Results in poa-demo/.
+	$(BIN)/poa demo --out poa-demo
+
+test: $(READY) ## Run the test suite (without the slow tests).
+	$(BIN)/python -m pytest
+
+test-slow: $(READY) ## Run the slow tests only.
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY) ## Check style, types, imports and budgets.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_budgets.py
+
+format: $(READY) ## Format the code.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## Measure one training step against a matrix product on this machine.
+	$(BIN)/python benchmarks/step.py
+
+clean: ## Remove the environment and all caches.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache poa-demo
