@@ -6,9 +6,7 @@ from poa.config import ViTConfig
 from poa.elastic import SearchSpace, Subnet, kept_blocks
 from tests.golden.reference import golden_json, golden_tensors, our_backbone_name, relative_error
 
-CONFIG = ViTConfig(
-    widths=(64, 96, 128), depths=(3, 4, 5, 6), head_dim=32, patch_size=8, image_size=32, drop_path=0.0
-)
+CONFIG = ViTConfig(widths=(64, 96, 128), depths=(3, 4, 5, 6), head_dim=32, patch_size=8, image_size=32, drop_path=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +34,7 @@ def test_subnet_outputs_equal_the_reference(vit, io, name, case):
     assert relative_error(found.patches, io[f"{key}.patch"]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("grid", "key"), [((6, 6), "48_full"), ((2, 2), "16x16px_full"), ((3, 5), "24x40px_full")]
-)
+@pytest.mark.parametrize(("grid", "key"), [((6, 6), "48_full"), ((2, 2), "16x16px_full"), ((3, 5), "24x40px_full")])
 def test_position_embedding_is_resized_as_in_the_reference(vit, io, grid, key):
     assert relative_error(vit._positions(128, grid), io[f"pos_embed_{key}"]) < 1e-6
 

@@ -22,14 +22,14 @@ Shapes = tuple[tuple[int, int], ...]
 
 
 class KeptRows(NamedTuple):
-    """The rows that a residual branch computes under stochastic depth."""
+    """The rows of each batch of crops that a residual branch computes under stochastic depth."""
 
-    tokens: Int[Tensor, "T"]
-    """Positions in the packed token matrix."""
-    scale: Float[Tensor, "T 1"]
-    """Rows over kept rows, for each token."""
+    rows: tuple[Int[Tensor, "K"], ...]
+    """Their numbers in the batch."""
+    scales: tuple[float, ...]
+    """All rows over kept rows."""
     shapes: Shapes
-    """The kept rows of each batch."""
+    """The shapes of what is kept."""
 
 
 class Attention(nn.Module):
@@ -88,10 +88,9 @@ class Block(nn.Module):
         if kept is None:
             x = x + self._attn_branch(x, shapes, width)
             return x + self._mlp_branch(x, width)
-        rows, scale, kept_shapes = kept[0]
-        x = x.index_add(0, rows, self._attn_branch(x.index_select(0, rows), kept_shapes, width) * scale)
-        rows, scale, _ = kept[1]
-        return x.index_add(0, rows, self._mlp_branch(x.index_select(0, rows), width) * scale)
+        attn, mlp = kept
+        x = _add_rows(x, self._attn_branch(_select_rows(x, shapes, attn), attn.shapes, width), shapes, attn)
+        return _add_rows(x, self._mlp_branch(_select_rows(x, shapes, mlp), width), shapes, mlp)
 
     def _attn_branch(self, x: Tensor, shapes: Shapes, width: int) -> Tensor:
         y: Tensor = self.attn(self.norm1(x, width), shapes, width)
@@ -165,11 +164,7 @@ class ElasticViT(Backbone):
         for block, rows in zip(blocks, kept, strict=True):
             x = self.blocks[block](x, shapes, subnet.width, rows)
         x = self.norm(x, subnet.width)
-        parts = x.split([rows * length for rows, length in shapes])
-        return [
-            Features(part[:, 0], part[:, self.num_prefix_tokens :])
-            for part in (part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True))
-        ]
+        return [Features(part[:, 0], part[:, self.num_prefix_tokens :]) for part in _batches(x, shapes)]
 
     def forward_intermediates(self, image: Float[Tensor, "B c h w"], subnet: Subnet) -> list[Float[Tensor, "B N C"]]:
         """See `Backbone.forward_intermediates`."""
@@ -216,17 +211,10 @@ class ElasticViT(Backbone):
     ) -> list[tuple[KeptRows, KeptRows] | None]:
         if rng is None or self.config.drop_path == 0.0:
             return [None] * depth
-        draws = [_draw_kept(rows, self.config.drop_path, 2 * depth, rng) for rows, _ in shapes]
-        tokens, scales, kept_shapes, start = [], [], [], 0
-        for (rows, length), kept in zip(shapes, draws, strict=True):
-            positions = kept.unsqueeze(-1) * length + torch.arange(length) + start
-            tokens.append(positions.flatten(1))
-            scales.append(torch.full((kept.shape[1] * length, 1), rows / kept.shape[1]))
-            kept_shapes.append((kept.shape[1], length))
-            start += rows * length
-        index = torch.cat(tokens, dim=1).to(device, non_blocking=True)
-        scale = torch.cat(scales).to(device, non_blocking=True)
-        each = [KeptRows(row, scale, tuple(kept_shapes)) for row in index]
+        draws = [_draw_kept(rows, self.config.drop_path, 2 * depth, rng).to(device) for rows, _ in shapes]
+        scales = tuple(rows / kept.shape[1] for (rows, _), kept in zip(shapes, draws, strict=True))
+        kept_shapes = tuple((kept.shape[1], length) for (_, length), kept in zip(shapes, draws, strict=True))
+        each = [KeptRows(rows, scales, kept_shapes) for rows in zip(*draws, strict=True)]
         return list(zip(each[::2], each[1::2], strict=True))
 
     def num_layers(self) -> int:
@@ -307,6 +295,23 @@ def resize_positions(
     factor = tuple((side + 0.1) / base for side, base in zip(new, old, strict=True))
     grid = F.interpolate(grid.float(), scale_factor=factor, mode="bicubic").to(position.dtype)
     return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _batches(x: Tensor, shapes: Shapes) -> list[Float[Tensor, "B N C"]]:
+    parts = x.split([rows * length for rows, length in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _select_rows(x: Float[Tensor, "T C"], shapes: Shapes, kept: KeptRows) -> Float[Tensor, "S C"]:
+    """The packed tokens of the kept rows."""
+    parts = [part.index_select(0, rows) for part, rows in zip(_batches(x, shapes), kept.rows, strict=True)]
+    return torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def _add_rows(x: Float[Tensor, "T C"], y: Float[Tensor, "S C"], shapes: Shapes, kept: KeptRows) -> Float[Tensor, "T C"]:
+    """`x` with the scaled `y` added to its kept rows."""
+    whole = zip(_batches(x, shapes), _batches(y, kept.shapes), kept.rows, kept.scales, strict=True)
+    return torch.cat([part.index_add(0, rows, add, alpha=scale).flatten(0, 1) for part, add, rows, scale in whole])
 
 
 def _draw_kept(rows: int, rate: float, num_draws: int, rng: torch.Generator) -> Int[Tensor, "D K"]:
