@@ -234,9 +234,9 @@ class Family:
         return self
 
     def _checked_size(self, image_size: int | None) -> int:
-        size = image_size or self.card.preprocessing.image_size
+        size = self.card.preprocessing.image_size if image_size is None else image_size
         patch = self.card.config.patch_size
-        if size % patch:
+        if size <= 0 or size % patch:
             raise ConfigError(
                 f"the image size must be a multiple of the patch size {patch}; got {size}, the nearest is "
                 f"{max(patch, round(size / patch) * patch)}."
@@ -301,10 +301,14 @@ def family_directory(path: str | Path) -> Path:
         CheckpointError: neither has one.
     """
     folder = Path(path)
-    for candidate in (folder, folder / "family"):
-        if (candidate / CARD_FILE).is_file():
-            return candidate
-    if not folder.exists():
+    try:
+        for candidate in (folder, folder / "family"):
+            if (candidate / CARD_FILE).is_file():
+                return candidate
+        exists = folder.exists()
+    except OSError as error:
+        raise CheckpointError(f"cannot look into {folder}: {error.strerror}.") from error
+    if not exists:
         raise CheckpointError(f"there is no {folder}. Name a run directory or the family directory inside it.")
     hint = " Its run has not finished: `poa pretrain --out` it again." if (folder / "config.yaml").exists() else ""
     raise CheckpointError(f"{folder} holds no family (no {CARD_FILE}, no family/{CARD_FILE}).{hint}")

@@ -35,6 +35,18 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (JSON)
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_writable(path: Path) -> None:
+    """Raises `CheckpointError` unless a file can be written at `path`, before work is done for it."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory. Name a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}.") from error
+
+
 @contextmanager
 def replace_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A scratch directory that becomes `path` when the block ends well, and vanishes when it does not.
@@ -45,7 +57,9 @@ def replace_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: `path` holds something and `overwrite` is False, or it cannot be written.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
-        raise CheckpointError(f"{path} is there already. Name another place, or allow it to be overwritten.")
+        raise CheckpointError(
+            f"{path} is there already. Name another place, or allow it to be overwritten (--overwrite)."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -25,9 +25,7 @@ def make_family(config, seed=0):
     return Family(FamilyCard(kind, config, how), backbone)
 
 
-TINY = ViTConfig(
-    widths=(32, 48, 64), depths=(2, 3, 4), head_dim=16, patch_size=4, image_size=16, num_channels=1
-)
+TINY = ViTConfig(widths=(32, 48, 64), depths=(2, 3, 4), head_dim=16, patch_size=4, image_size=16, num_channels=1)
 
 VARIANTS = {
     "plain": {},
@@ -133,9 +131,7 @@ def test_saved_subnet_takes_a_classifier_and_gives_feature_maps_in_timm(family, 
 
     family.save_subnet("w48-d3", tmp_path / "net")
     images = torch.randn(2, 1, 16, 16)
-    assert timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=7)(
-        images
-    ).shape == (2, 7)
+    assert timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=7)(images).shape == (2, 7)
     maps = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, features_only=True)(images)
     assert maps[-1].shape == (2, 48, 4, 4)
 

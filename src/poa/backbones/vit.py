@@ -311,7 +311,9 @@ def _select_rows(x: Float[Tensor, "T C"], shapes: Shapes, kept: KeptRows) -> Flo
 def _add_rows(x: Float[Tensor, "T C"], y: Float[Tensor, "S C"], shapes: Shapes, kept: KeptRows) -> Float[Tensor, "T C"]:
     """`x` with the scaled `y` added to its kept rows."""
     whole = zip(_batches(x, shapes), _batches(y, kept.shapes), kept.rows, kept.scales, strict=True)
-    return torch.cat([part.index_add(0, rows, add, alpha=scale).flatten(0, 1) for part, add, rows, scale in whole])
+    return torch.cat(
+        [part.index_add(0, rows, add.to(part.dtype), alpha=scale).flatten(0, 1) for part, add, rows, scale in whole]
+    )
 
 
 def _draw_kept(rows: int, rate: float, num_draws: int, rng: torch.Generator) -> Int[Tensor, "D K"]:

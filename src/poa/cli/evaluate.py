@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -41,8 +41,8 @@ class EvaluateKnn:
     """Temperature of the votes."""
     json: Path | None = None
     """Write the results to this JSON file too."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto: CUDA where there is one, else MPS, else the CPU."""
     batch_size: int = 64
     """Images per forward pass."""
     num_workers: int = -1
@@ -69,11 +69,18 @@ def _knn(command: EvaluateKnn) -> int:
     from poa.data import open_source
     from poa.evaluate import KnnConfig, Loading, evaluate_knn
     from poa.family import load
+    from poa.files import check_writable
     from poa.runtime import resolve_runtime
 
+    if command.json is not None:
+        check_writable(command.json)
     family = load(command.path)
     subnets = family.space.parse_all(command.subnets)
-    runtime = resolve_runtime(RuntimeConfig(device=command.device, num_workers=command.num_workers))  # type: ignore[arg-type]
+    if not subnets:
+        raise ConfigError("--subnets names none. Give names like w384-d12, or all, smallest, middle, intact.")
+    knn = KnnConfig(command.k, command.temp)
+    runtime = resolve_runtime(RuntimeConfig(device=command.device, num_workers=command.num_workers))
+    loading = Loading(command.batch_size, runtime.num_workers, command.max_bad_share)
     data = DataConfig("", command.image_column, command.label_column, command.max_bad_share)
     num_channels = family.card.preprocessing.num_channels
     train, test = (open_source(spec, data, num_channels, require_labels=True) for spec in (command.train, command.test))
@@ -84,8 +91,8 @@ def _knn(command: EvaluateKnn) -> int:
             train,
             test,
             subnets,
-            knn=KnnConfig(command.k, command.temp),
-            loading=Loading(command.batch_size, runtime.num_workers, command.max_bad_share),
+            knn=knn,
+            loading=loading,
             on_progress=lambda name, done: progress.update(tasks[name], completed=done),
         )
     for bad in report.skipped:

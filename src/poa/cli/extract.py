@@ -9,6 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from poa.errors import SubnetError
+
 
 @dataclass(frozen=True)
 class Extract:
@@ -36,7 +38,10 @@ def run(arguments: Sequence[str]) -> int:
     from poa.family import load
 
     family = load(command.path)
-    subnet = family.space.parse_all([command.subnet])[0]
+    subnets = family.space.parse_all([command.subnet])
+    if len(subnets) != 1:
+        raise SubnetError(f"`poa extract` cuts out one sub-network; {command.subnet!r} names {len(subnets)}.")
+    subnet = subnets[0]
     found = family.save_subnet(subnet, command.out, image_size=command.image_size, overwrite=command.overwrite)
     print(f"{subnet}: {family.card.num_params(subnet):,} parameters, written to {command.out}")
     print(

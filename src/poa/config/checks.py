@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from poa.errors import ConfigError
@@ -29,10 +30,10 @@ def require_range(name: str, value: Sequence[float], low: float, high: float) ->
 
 
 def require_positive(name: str, value: float) -> None:
-    """Raises `ConfigError` unless value > 0."""
-    require(value > 0, name, value, "greater than 0")
+    """Raises `ConfigError` unless value is finite and > 0."""
+    require(value > 0 and math.isfinite(value), name, value, "a finite number greater than 0")
 
 
 def require_non_negative(name: str, value: float) -> None:
-    """Raises `ConfigError` unless value ≥ 0."""
-    require(value >= 0, name, value, "0 or more")
+    """Raises `ConfigError` unless value is finite and ≥ 0."""
+    require(value >= 0 and math.isfinite(value), name, value, "a finite number, 0 or more")

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import dacite
 import yaml
@@ -42,10 +42,10 @@ def from_dict(kind: type[ConfigT], values: Mapping[str, Any], origin: str) -> Co
         ConfigError: a key is unknown (the nearest valid key is named), a value has the wrong type or is out
             of range.
     """
-    _refuse_unknown_keys(kind, values, origin, prefix="")
+    prepared = _prepared(kind, values, origin, prefix="")
     try:
-        return dacite.from_dict(kind, values, dacite.Config(strict=True, cast=[tuple, float]))
-    except (dacite.exceptions.DaciteError, ValueError, TypeError) as error:
+        return dacite.from_dict(kind, prepared, dacite.Config(strict=True))
+    except dacite.exceptions.DaciteError as error:
         raise ConfigError(f"{origin}: {error}.") from error
 
 
@@ -82,7 +82,7 @@ def load_recipe(name: str) -> PretrainConfig:
     """
     names = recipe_names()
     if name not in names:
-        raise ConfigError(f"there is no recipe {name!r}{_nearest(name, names)}. Recipes: {', '.join(names)}.")
+        raise ConfigError(f"there is no recipe {name!r}{_nearest(name, names)} Recipes: {', '.join(names)}.")
     values = yaml.safe_load(resources.files("poa.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
     return from_dict(PretrainConfig, values, f"recipe {name}")
 
@@ -108,22 +108,43 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
     return found
 
 
-def _refuse_unknown_keys(kind: type[Any], values: Mapping[str, Any], origin: str, prefix: str) -> None:
+def _prepared(kind: type[Any], values: Mapping[str, Any], origin: str, prefix: str) -> dict[str, Any]:
+    """The values with numbers and lists as their fields want them; refuses unknown keys and what does not convert."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = get_type_hints(kind)
+    result = {}
     for key, value in values.items():
         if key not in fields:
             hint = _nearest(str(key), list(fields))
-            raise ConfigError(f"{origin}: there is no option {prefix}{key}{hint}.")
+            raise ConfigError(f"{origin}: there is no option {prefix}{key}{hint}")
         factory: Any = fields[key].default_factory
         if dataclasses.is_dataclass(factory) and isinstance(factory, type):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{origin}: {prefix}{key} must be a section of options; got {value!r}.")
-            _refuse_unknown_keys(factory, value, origin, f"{prefix}{key}.")
+            result[key] = _prepared(factory, value, origin, f"{prefix}{key}.")
+        else:
+            try:
+                result[key] = _converted(value, hints[key])
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{origin}: {prefix}{key} cannot be {value!r}: {error}.") from error
+    return result
+
+
+def _converted(value: Any, hint: Any) -> Any:  # noqa: ANN401 (whatever YAML holds)
+    """Lists as tuples, whole numbers and YAML's `1e-4` as floats, where the field is of that type."""
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError("a list is wanted")
+        return tuple(_converted(item, get_args(hint)[0]) for item in value)
+    wants_float = hint is float or float in get_args(hint)
+    if wants_float and value is not None and not isinstance(value, bool):
+        return float(value)
+    return value
 
 
 def _nearest(word: str, words: list[str]) -> str:
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 (recursive over JSON-like values)

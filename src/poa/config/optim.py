@@ -56,6 +56,9 @@ class OptimConfig:
         ):
             require_non_negative(f"optim.{name}", getattr(self, name))
         require(self.schedule_stretch >= 1.0, "optim.schedule_stretch", self.schedule_stretch, "1 or more")
-        for name in ("beta1", "beta2", "ema_momentum", "final_ema_momentum"):
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"optim.{name}", value, "0 or more and less than 1")
+        for name in ("ema_momentum", "final_ema_momentum"):
             require_probability(f"optim.{name}", getattr(self, name))
         require(self.accumulate >= 1, "optim.accumulate", self.accumulate, "1 or more")

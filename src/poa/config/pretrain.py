@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from poa.config.augment import AugmentConfig, MaskConfig
-from poa.config.checks import require, require_non_negative
+from poa.config.checks import require, require_non_negative, require_positive
 from poa.config.data import DataConfig
 from poa.config.model import HeadsConfig, ViTConfig
 from poa.config.objective import ObjectiveConfig
@@ -35,7 +35,7 @@ class TrainConfig:
     """Stop after this many steps in a row whose loss or gradient was not finite."""
 
     def __post_init__(self) -> None:
-        require(self.epochs > 0, "train.epochs", self.epochs, "greater than 0")
+        require_positive("train.epochs", self.epochs)
         require(self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more (KoLeo compares neighbours)")
         require_non_negative("train.seed", self.seed)
         for name in ("checkpoint_every", "keep_checkpoints", "log_every", "max_skipped_steps"):

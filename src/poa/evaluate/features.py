@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from poa.backbones.base import Backbone
+from poa.config.checks import require, require_probability
 from poa.data import BadImage, ImageSource, SkippedImage, eval_transform, normalize
 from poa.elastic import Subnet
 from poa.errors import DataError
@@ -49,6 +50,11 @@ class Loading:
     """Processes that decode; 0 decodes in the evaluating process."""
     max_bad_share: float = 0.01
     """Refuse when more than this share of the images cannot be read; below, they are left out and reported."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        require_probability("max_bad_share", self.max_bad_share)
 
 
 DEFAULT_LOADING = Loading()
@@ -131,7 +137,7 @@ def extract_features(
 
 
 def _check_share(source: ImageSource, skipped: list[SkippedImage], num_images: int, max_share: float) -> None:
-    if len(skipped) > max_share * num_images or len(skipped) == num_images:
+    if len(skipped) > max_share * num_images or num_images == len(skipped):
         examples = "; ".join(f"{bad.name}: {bad.reason}" for bad in skipped[:3])
         raise DataError(
             f"{len(skipped)} of the {num_images} images of {source.spec} could not be read ({examples}). "

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from poa.config.checks import require, require_positive
 from poa.data import ImageSource, SkippedImage
 from poa.elastic import Subnet
 from poa.errors import DataError, PoaWarning
@@ -32,6 +33,10 @@ class KnnConfig:
     """Numbers of neighbours."""
     temp: float = 0.07
     """Temperature of the votes."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.ks) and min(self.ks) >= 1, "k", self.ks, "one or more numbers of 1 or more")
+        require_positive("temp", self.temp)
 
 
 DEFAULT_KNN = KnnConfig()
@@ -88,8 +93,10 @@ def knn_accuracies(
         chunk: rows of `train` that are compared at a time.
 
     Raises:
-        DataError: no k is at most N.
+        DataError: a k is below 1 or no k is at most N, or the temperature is not above 0.
     """
+    if not ks or min(ks) < 1 or not temp > 0:
+        raise DataError(f"k-NN needs numbers of neighbours of 1 or more and a temperature above 0; got {ks}, {temp}.")
     usable = [k for k in sorted(set(ks)) if 1 <= k <= len(train)]
     if not usable:
         raise DataError(f"k-NN needs at least {min(ks)} training images for k = {min(ks)}; got {len(train)}.")

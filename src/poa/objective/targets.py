@@ -18,12 +18,11 @@ def sinkhorn_knopp(logits: Float[Tensor, "R K"], temp: float, iterations: int = 
     then every row. Only the logarithms of the two scaling vectors are kept, so logits of any spread stay finite.
     """
     scaled = logits.float() / temp
-    log_rows = scaled.new_zeros(scaled.shape[0], 1)
-    log_prototypes = scaled.new_zeros(1, scaled.shape[1])
-    for _ in range(iterations):
-        log_prototypes = -torch.logsumexp(scaled + log_rows, dim=0, keepdim=True)
+    log_prototypes = -torch.logsumexp(scaled, dim=0, keepdim=True)
+    for _ in range(iterations - 1):
         log_rows = -torch.logsumexp(scaled + log_prototypes, dim=1, keepdim=True)
-    return torch.exp(scaled + log_prototypes + log_rows)
+        log_prototypes = -torch.logsumexp(scaled + log_rows, dim=0, keepdim=True)
+    return torch.softmax(scaled + log_prototypes, dim=1)
 
 
 class CenteredTargets(nn.Module):
@@ -34,14 +33,20 @@ class CenteredTargets(nn.Module):
     def __init__(self, num_prototypes: int, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
+        self._pending: list[Tensor] = []
         self.register_buffer("center", torch.zeros(1, num_prototypes))
 
     def forward(self, logits: Float[Tensor, "R K"], temp: float) -> Float[Tensor, "R K"]:
-        """The targets; afterwards the centre takes this batch in, so it acts from the next call on."""
+        """The targets. The batch's mean is kept until `update_center_` takes it in."""
         logits = logits.float()
-        targets = torch.softmax((logits - self.center) / temp, dim=-1)
-        self.center.mul_(self.momentum).add_(logits.mean(dim=0, keepdim=True), alpha=1 - self.momentum)
-        return targets
+        self._pending.append(logits.mean(dim=0, keepdim=True))
+        return torch.softmax((logits - self.center) / temp, dim=-1)
+
+    def update_center_(self, *, keep: bool) -> None:
+        """Moves the centre to the batches since the last update, in place; with `keep` False they are dropped."""
+        for mean in self._pending if keep else ():
+            self.center.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+        self._pending.clear()
 
 
 class Targets(nn.Module):
@@ -55,6 +60,11 @@ class Targets(nn.Module):
         if config.targets == "centering":
             for centers in (self.cls_centers, self.patch_centers):
                 centers.extend(CenteredTargets(count, config.center_momentum) for count in num_prototypes)
+
+    def update_centers_(self, *, keep: bool) -> None:
+        """Ends a step: the centres take its batches in, or drop them where the step did not count."""
+        for center in (*self.cls_centers, *self.patch_centers):
+            center.update_center_(keep=keep)
 
     @torch.no_grad()
     def forward(self, logits: Float[Tensor, "R K"], head: int, temp: float, *, patches: bool) -> Float[Tensor, "R K"]:

@@ -52,7 +52,7 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Writes a checkpoint, then removes those that the policy does not keep.
+        """Writes a checkpoint, then removes those that the policy does not keep and what a killed process left.
 
         Raises:
             CheckpointError: it cannot be written; older checkpoints are untouched.
@@ -64,6 +64,8 @@ class CheckpointStore:
                 write_json(scratch / STATE_FILE, {**state, "step": step, "sha256": digest})
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write the checkpoint {self.path(step)}: {error}.") from error
+        for leftover in self.folder.glob(".step-*"):
+            shutil.rmtree(leftover)
         for old in self.steps()[: -self.keep]:
             if not (self.keep_every and old % self.keep_every == 0):
                 shutil.rmtree(self.path(old))
@@ -93,7 +95,7 @@ class CheckpointStore:
             if file_sha256(folder / TENSORS_FILE) != state["sha256"]:
                 raise CheckpointError(f"the checkpoint {folder} is damaged: its checksum differs.")
             return load_file(folder / TENSORS_FILE), state
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"the checkpoint {folder} is damaged: {error!r}.") from error
 
 

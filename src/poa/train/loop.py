@@ -122,6 +122,7 @@ class Loop:
                 record = train_step(self.trainer, batches, done)
                 done += 1
                 self._after_step(done, record, batches, metrics)
+                # Steps that were not finite are not saved: the newest checkpoint stays the last good state.
                 if done % self.trainer.config.train.checkpoint_every == 0 or done == self.num_steps:
                     self._save(done, metrics)
                     saved = done
@@ -170,6 +171,8 @@ class Loop:
             yield [next(loader) for _ in range(num)]
 
     def _save(self, done: int, metrics: MetricsLog) -> None:
+        if self.num_bad_steps:
+            return
         tensors = pack_state(self.trainer.model, self.trainer.optimizer)
         state = {"window": metrics.window_state(), "num_bad_steps": self.num_bad_steps, "poa": __version__}
         self.store.save(done, tensors, state)

@@ -12,7 +12,7 @@ from poa.config import PretrainConfig
 from poa.data import ImageSource
 from poa.elastic import SearchSpace, Subnet
 from poa.errors import PoaWarning
-from poa.evaluate import extract_features, knn_accuracies, rankme
+from poa.evaluate import Loading, extract_features, knn_accuracies, rankme
 from poa.family import Preprocessing
 from poa.randomness import generator
 
@@ -43,7 +43,10 @@ class Monitor:
         """For each of the three sub-networks `rankme`, and `knn` where labels exist; warns of collapse."""
         training = backbone.training
         backbone.eval()
-        with extract_features(backbone, self.source, self.subnets, self.how, indices=self.indices) as features:
+        seen = extract_features(
+            backbone, self.source, self.subnets, self.how, indices=self.indices, loading=Loading(max_bad_share=1.0)
+        )
+        with seen as features:
             found = {str(subnet): self._figures(features.of(subnet), features.indices) for subnet in self.subnets}
         backbone.train(training)
         for subnet, figures in found.items():

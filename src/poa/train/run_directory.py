@@ -64,7 +64,7 @@ class RunDirectory:
         file = self.path / CONFIG_FILE
         if file.exists():
             return from_dict(PretrainConfig, load_yaml(file), str(file))
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(item.name[0] != "." for item in self.path.iterdir())):
             raise CheckpointError(
                 f"{self.path} is there already and is no run of poa (it has no {CONFIG_FILE}). Name another --out."
             )

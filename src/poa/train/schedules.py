@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from poa.config import ObjectiveConfig, OptimConfig, PretrainConfig
+from poa.errors import ConfigError
 
 Schedule = Callable[[int], float]
 """The value at a step, counted from 0."""
@@ -102,6 +103,11 @@ def make_schedules(config: PretrainConfig, steps_per_epoch: int) -> Schedules:
     """The schedules of a run with that many steps per epoch."""
     optim, objective = config.optim, config.objective
     num_steps = num_steps_of(config.train.epochs, steps_per_epoch)
+    if num_steps < 1:
+        raise ConfigError(
+            f"train.epochs {config.train.epochs:g} gives no step: an epoch has {steps_per_epoch}. "
+            f"Choose at least {1 / steps_per_epoch:.2g}."
+        )
     warmup = min(num_steps_of(optim.warmup_epochs, steps_per_epoch), num_steps)
     stretch = optim.schedule_stretch
     peak = scaled_lr(optim, config.train.batch_size)

@@ -85,6 +85,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], step: int) -> StepRec
     if is_finite:
         trainer.optimizer.step()
         ema_update_(model.teacher, model.student, values.ema_momentum)
+    model.targets.update_centers_(keep=is_finite)
     trainer.optimizer.zero_grad(set_to_none=True)
     return meter.record(norms, values, is_finite)
 

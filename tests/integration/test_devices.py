@@ -1,0 +1,66 @@
+"""Other devices, precisions and compiled blocks compute what the plain CPU path computes."""
+
+import pytest
+import torch
+
+from poa.config import PretrainConfig, from_dict, load_recipe, to_dict
+from poa.config.files import merged
+from poa.data import EpochPlan, MultiCropBatches, open_source
+from poa.runtime import resolve_runtime
+from poa.train.loop import build_trainer
+from poa.train.step import train_step
+from tests.golden.reference import relative_error
+
+TINY = {
+    "model": {"widths": [32, 48, 64], "depths": [2, 3], "head_dim": 16, "drop_path": 0.2},
+    "heads": {"num_prototypes": [64, 128], "hidden_dim": 64, "bottleneck_dim": 32},
+    "objective": {"patch_weight": 1.0, "patch_start_epoch": 0},
+    "augment": {"num_local_crops": 2, "local_size": 4},
+    "optim": {"warmup_epochs": 0.1},
+    "train": {"batch_size": 16},
+}
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def steps(num, model=None, **runtime):
+    values = merged(merged(to_dict(load_recipe("digits")), TINY), {"model": model or {}})
+    config = from_dict(PretrainConfig, merged(values, {"runtime": {"num_workers": 0, **runtime}}), "test")
+    source = open_source("digits", config.data, 1)
+    plan = EpochPlan(len(source), 16, 1, 0)
+    batches = MultiCropBatches(source, plan, config)
+    trainer = build_trainer(config, plan.steps_per_epoch, resolve_runtime(config.runtime))
+    records = [train_step(trainer, [batches[step]], step + 1) for step in range(num)]
+    weights = torch.cat([part.detach().flatten().float().cpu() for part in trainer.model.student.parameters()])
+    return records, weights
+
+
+def assert_alike(ours, theirs, loss_tolerance, weight_tolerance):
+    for mine, other in zip(ours[0], theirs[0], strict=True):
+        assert mine.is_finite
+        assert mine.subnets == other.subnets
+        assert abs(mine.loss - other.loss) <= loss_tolerance * abs(other.loss)
+    assert relative_error(ours[1], theirs[1]) < weight_tolerance
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_plain_blocks():
+    small = {"widths": [32, 48], "depths": [1]}
+    compiled = steps(3, small, device="cpu", compile="on")
+    assert_alike(compiled, steps(3, small, device="cpu", compile="off"), 1e-5, 1e-3)
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    plain = steps(2, device="cpu", precision="float32")
+    assert_alike(steps(2, device="cpu", precision="bfloat16"), plain, 2e-2, 5e-2)
+
+
+@needs_cuda
+def test_cuda_in_float32_trains_as_the_cpu():
+    plain = steps(4, device="cpu")
+    assert_alike(steps(4, device="cuda", precision="float32", compile="off"), plain, 1e-4, 1e-2)
+
+
+@needs_cuda
+def test_cuda_in_bfloat16_with_compiled_blocks_stays_near_the_cpu():
+    assert_alike(steps(4, device="cuda"), steps(4, device="cpu"), 2e-2, 5e-2)
