@@ -108,6 +108,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     step_times, product_times = [], []
     for step in range(arguments.steps):
         batch = make_batch(trainer.config, step)
+        # As many products as fill a second or two, so that both rates average over the machine's noise.
         products = [seconds(device, lambda: left @ right) for _ in range(arguments.products)]
         product_times.append(statistics.median(products))
         step_times.append(seconds(device, lambda step=step, batch=batch: train_step(trainer, [batch], step + 3)))
@@ -142,8 +143,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8, help="timed steps")
-    parser.add_argument("--products", type=int, default=5, help="matrix products timed before each step")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--products", type=int, default=20, help="matrix products timed before each step")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--json", type=Path, help="write the figures here too")

@@ -38,7 +38,7 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 (JSON)
 def check_writable(path: Path) -> None:
     """Raises `CheckpointError` unless a file can be written at `path`, before work is done for it."""
     if path.is_dir():
-        raise CheckpointError(f"{path} is a directory. Name a file.")
+        raise CheckpointError(f"cannot write {path}: it is a directory. Name a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
