@@ -120,7 +120,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/step.py " + " ".join(sys.argv[1:]),
-        "machine": {"platform": platform.platform(), "torch": torch.__version__, **trainer.runtime.describe()},
+        "machine": {
+            "processor": processor(),
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            **trainer.runtime.describe(),
+        },
         "gflop_per_step": flops / 1e9,
         "matrix_product_gflops": spread(product_rates),
         "step_gflops": spread(step_rates),
@@ -128,6 +133,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "images_per_second": spread([trainer.config.train.batch_size / each for each in step_times]),
         "peak_memory_gib": memory,
     }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} × {names[0]}" if names else platform.processor()
 
 
 def peak_memory(device: torch.device) -> float:

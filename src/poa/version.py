@@ -1,5 +1,3 @@
-"""The version of poa, as installed."""
+"""The version of poa; the package's metadata take it from here."""
 
-from importlib.metadata import version
-
-__version__ = version("poa")
+__version__ = "0.1.0"

@@ -111,5 +111,5 @@ def test_the_configuration_survives_its_dictionary(kind, config):
 
 
 def test_an_unknown_architecture_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match="Architectures: .*vit"):
+    with pytest.raises(ConfigError, match=r"Architectures: .*vit"):
         architecture("vgg")

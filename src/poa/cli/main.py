@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TextIO
 
 from poa.errors import PoaError, PoaWarning
+from poa.version import __version__
 
 COMMANDS = {
     "pretrain": "pre-train a family on a folder of images (or a parquet file)",
@@ -31,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if arguments[0] in ("-V", "--version"):
-        from importlib.metadata import version
-
-        print(f"poa {version('poa')}")
+        print(f"poa {__version__}")
         return 0
     name = arguments[0]
     if name not in COMMANDS:

@@ -7,7 +7,7 @@ import platform
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from poa.data import ImageSource
 from poa.errors import CheckpointError, ConfigError, DataError
 from poa.files import write_json, write_text
 from poa.runtime import Runtime
+from poa.version import __version__
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -120,12 +121,19 @@ class RunDirectory:
 
 
 def _environment(runtime: Runtime) -> dict[str, Any]:
-    packages = ("poa", "torch", "torchvision", "timm", "numpy", "pillow", "opencv-python-headless")
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow", "opencv-python-headless")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {"poa": __version__, **{name: _installed(name) for name in packages}},
         **runtime.describe(),
     }
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed under this name"

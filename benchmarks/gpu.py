@@ -1,0 +1,43 @@
+"""Everything that needs a GPU, in one call: the device tests, then one training step, plain and compiled.
+
+    PYTHONPATH=src python benchmarks/gpu.py OUT
+
+Writes OUT/tests.log and OUT/step-{plain,compiled}.json; exit status 0 if all went well.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print(__doc__)
+        return 2
+    out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    everything = "slow or not slow"
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        everything,
+        "tests/integration/test_devices.py",
+        "tests/golden",
+    ]
+    with (out / "tests.log").open("w", encoding="utf-8") as log:
+        failed = subprocess.run(tests, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    print((out / "tests.log").read_text(encoding="utf-8")[-2000:])
+    for name, mode in (("plain", "off"), ("compiled", "on")):
+        print(f"\none step, {name}:", flush=True)
+        command = [sys.executable, "benchmarks/step.py", "--device", "cuda", "--compile", mode]
+        failed |= subprocess.run([*command, "--json", str(out / f"step-{name}.json")], check=False).returncode
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
