@@ -72,7 +72,7 @@ def test_multipliers_of_every_parameter_equal_the_reference():
 
 
 def resnet_space():
-    return SearchSpace((64, 96, 128), (tuple(range(4, 9)), tuple(range(6, 37))), width_emphasis=1, depth_emphasis=2)
+    return SearchSpace((64, 96, 128), (tuple(range(4, 9)), tuple(range(6, 37))), width_emphasis=1.0, depth_emphasis=2.0)
 
 
 def test_resnets_stand_in_the_list_as_often_as_in_the_reference():

@@ -35,9 +35,9 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(
         self,
-        crops: Sequence[Float[Tensor, "B c h w"]],
+        crops: Sequence[Float[Tensor, "_ c _ _"]],
         subnet: Subnet,
-        masks: Sequence[Bool[Tensor, "B N"] | None] | None = None,
+        masks: Sequence[Bool[Tensor, "_ _"] | None] | None = None,
         rows_rng: torch.Generator | None = None,
     ) -> list[Features]:
         """The features of several batches of crops, each batch with its own image size, in one pass.

@@ -147,9 +147,9 @@ class ElasticViT(Backbone):
 
     def forward(
         self,
-        crops: Sequence[Float[Tensor, "B c h w"]],
+        crops: Sequence[Float[Tensor, "_ c _ _"]],
         subnet: Subnet,
-        masks: Sequence[Bool[Tensor, "B N"] | None] | None = None,
+        masks: Sequence[Bool[Tensor, "_ _"] | None] | None = None,
         rows_rng: torch.Generator | None = None,
     ) -> list[Features]:
         """See `Backbone.forward`."""

@@ -41,13 +41,15 @@ def student_shares(config: ObjectiveConfig, *, has_elastic: bool) -> tuple[Share
     return Shares(config.intact_weight, 0.5), Shares(1.0 - config.intact_weight, 0.5)
 
 
-def cross_entropy(targets: Float[Tensor, "*R K"], logits: Float[Tensor, "*R K"], temp: float) -> Float[Tensor, "*R"]:
+def cross_entropy(targets: Float[Tensor, "*#R K"], logits: Float[Tensor, "*#R K"], temp: float) -> Float[Tensor, "..."]:
     """−Σ_k q_k log softmax(z / temp)_k for each row. Linear in the targets, which need not sum to 1."""
     return -(targets * F.log_softmax(logits.float() / temp, dim=-1)).sum(dim=-1)
 
 
-def local_loss(targets: Float[Tensor, "2B K"], logits: Float[Tensor, "LB K"], temp: float) -> Float[Tensor, ""]:
+def local_loss(targets: Float[Tensor, "G K"], logits: Float[Tensor, "L K"], temp: float) -> Float[Tensor, ""]:
     """(1/n) Σ_l Σ_g mean_B CE(q(g), X(l)) with n = 2 + 2L (DINO; POA eq. 3). 0 without local crops.
+
+    G = 2B rows of targets, one view after the other; L rows of logits, one crop of all images after the other.
 
     The two views' targets are added before multiplying: the cross-entropy is linear in them.
     """
@@ -61,7 +63,7 @@ def local_loss(targets: Float[Tensor, "2B K"], logits: Float[Tensor, "LB K"], te
 
 
 def global_loss(
-    targets: Float[Tensor, "2B K"], logits: Float[Tensor, "2B K"], temp: float, num_local_crops: int
+    targets: Float[Tensor, "G K"], logits: Float[Tensor, "G K"], temp: float, num_local_crops: int
 ) -> Float[Tensor, ""]:
     """(2/n) · mean CE(q(other view), X(view)) over all 2B rows (DINO; POA eq. 3)."""
     other = targets.roll(targets.shape[0] // 2, dims=0)

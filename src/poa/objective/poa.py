@@ -25,13 +25,13 @@ from poa.objective.targets import Targets
 
 
 class Views(NamedTuple):
-    """A batch on the device: B images, V = 2 global and L local crops each."""
+    """A batch of B images on the device: G = 2B global crops, L local crops in all, M masked patches."""
 
-    global_crops: Float[Tensor, "2B c H W"]
+    global_crops: Float[Tensor, "G c H W"]
     """Normalised; first all first views, then all second views."""
-    local_crops: Float[Tensor, "LB c h w"]
+    local_crops: Float[Tensor, "L c h w"]
     """Normalised; first the first crop of every image, and so on."""
-    masks: Bool[Tensor, "2B N"] | None
+    masks: Bool[Tensor, "G N"] | None
     """The patches that the students do not see; None without the patch loss."""
     masked: Int[Tensor, "M"]
     """Positions of the masked patches in the flattened masks."""
@@ -42,15 +42,15 @@ class Views(NamedTuple):
 class HeadRows(NamedTuple):
     """One head's logits, by kind of row."""
 
-    global_: Float[Tensor, "2B K"]
-    local: Float[Tensor, "LB K"]
+    global_: Float[Tensor, "G K"]
+    local: Float[Tensor, "L K"]
     patch: Float[Tensor, "M K"]
 
 
 class BranchOutput(NamedTuple):
     """What a student gives back for a batch."""
 
-    cls: Float[Tensor, "2B C"]
+    cls: Float[Tensor, "G C"]
     """The backbone's class vectors of the global crops."""
     heads: list[HeadRows]
     """The logits of each head."""
@@ -63,7 +63,7 @@ class BranchOutput(NamedTuple):
 class HeadTargets(NamedTuple):
     """One head's targets."""
 
-    cls: Float[Tensor, "2B K"]
+    cls: Float[Tensor, "G K"]
     patch: Float[Tensor, "M K"]
 
 
