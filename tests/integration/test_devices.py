@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from poa.backbones import architecture
 from poa.config import PretrainConfig, from_dict, load_recipe, to_dict
 from poa.config.files import merged
 from poa.data import EpochPlan, MultiCropBatches, open_source
@@ -53,6 +54,15 @@ def test_compiled_blocks_train_as_plain_blocks():
 def test_bfloat16_autocast_stays_near_float32():
     plain = steps(2, device="cpu", precision="float32")
     assert_alike(steps(2, device="cpu", precision="bfloat16"), plain, 2e-2, 5e-2)
+
+
+def test_under_autocast_the_residual_stream_stays_float32():
+    config = from_dict(PretrainConfig, merged(to_dict(load_recipe("digits")), TINY), "test")
+    backbone = architecture(config.model).build(config.model)
+    backbone.init_weights_(torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        between = backbone.forward_intermediates(torch.randn(2, 1, 8, 8), backbone.space.intact)
+    assert {part.dtype for part in between} == {torch.float32}
 
 
 @needs_cuda

@@ -178,6 +178,7 @@ class ElasticViT(Backbone):
         return found
 
     def _embed(self, image: Tensor, mask: Tensor | None, width: int) -> Float[Tensor, "B N C"]:
+        """The tokens before the first block; under autocast the residual stream stays float32, as the parameters."""
         patch = self.config.patch_size
         height, breadth = image.shape[-2:]
         if height % patch or breadth % patch:
@@ -190,12 +191,12 @@ class ElasticViT(Backbone):
         cuts = self.layout.cuts
         if mask is not None:
             token = cuts["mask_token"].apply(self.mask_token, width)
-            x = torch.where(mask.unsqueeze(-1), token.to(x.dtype), x)
+            x = torch.where(mask.unsqueeze(-1), token, x)
         prefix = [cuts["cls_token"].apply(self.cls_token, width)]
         if self.config.num_reg_tokens:
             prefix.append(cuts["reg_token"].apply(self.reg_token, width))
-        prefix = [token.to(x.dtype).expand(x.shape[0], -1, -1) for token in prefix]
-        position = self._positions(width, (height // patch, breadth // patch)).to(x.dtype)
+        prefix = [token.expand(x.shape[0], -1, -1) for token in prefix]
+        position = self._positions(width, (height // patch, breadth // patch))
         if self.config.no_embed_class:
             return torch.cat([*prefix, x + position], dim=1)
         return torch.cat([*prefix, x], dim=1) + position

@@ -100,6 +100,7 @@ class _Meter:
         self.subnets: list[Subnet | None] = []
 
     def backward(self, student: str, terms: StudentTerms, loss: Tensor) -> None:
+        """Takes one student's losses in and adds their gradients."""
         (loss / self.num_batches).backward()
         self.loss = self.loss.to(loss.device) + loss.detach() / self.num_batches
         for name, value in terms._asdict().items():
@@ -108,6 +109,7 @@ class _Meter:
                 self.terms[key] = self.terms.get(key, 0.0) + value.detach().mean() / self.num_batches
 
     def record(self, norms: dict[str, Tensor], values: StepValues, is_finite: bool) -> StepRecord:
+        """What the step reports."""
         return StepRecord(
             loss=float(self.loss),
             terms={name: float(value) for name, value in self.terms.items()},

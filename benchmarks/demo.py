@@ -1,0 +1,77 @@
+"""The demo's figures for several seeds: how much of them is chance.
+
+    python benchmarks/demo.py --seeds 0 1 2 --json result.json
+
+For each seed the recipe `digits` is pre-trained into a temporary directory and every sub-network classifies the
+held-out digits by k-NN; printed and written are, for each sub-network, the median, smallest and largest accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from poa.config import load_recipe
+from poa.data import open_source
+from poa.demo import raw_pixel_accuracy
+from poa.evaluate import evaluate_knn
+from poa.family import load
+from poa.train import ConsoleReporter, pretrain
+from poa.version import __version__
+
+
+def accuracies(seed: int) -> tuple[dict[str, float], float]:
+    """The best k-NN accuracy of every sub-network trained with that seed, and the seconds that training took."""
+    recipe = load_recipe("digits")
+    config = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=seed))
+    train, test = (open_source(f"digits:{part}", config.data, config.model.num_channels) for part in ("train", "test"))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        pretrain(config, Path(folder) / "run", ConsoleReporter())
+        seconds = time.perf_counter() - start
+        family = load(Path(folder) / "run")
+        report = evaluate_knn(family, train, test, family.subnets)
+    return {result.subnet: result.best for result in report.results}, seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    found = [accuracies(seed) for seed in arguments.seeds]
+    data = load_recipe("digits").data
+    raw = raw_pixel_accuracy(open_source("digits:train", data, 1), open_source("digits:test", data, 1))
+    subnets = {}
+    for name in found[0][0]:
+        values = [by_name[name] for by_name, _ in found]
+        subnets[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        print(f"{name:<8} {subnets[name]['median']:.1%}   ({min(values):.1%} … {max(values):.1%})")
+    print(f"raw pixels {raw:.1%}")
+    if arguments.json:
+        result = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": "python benchmarks/demo.py " + " ".join(sys.argv[1:]),
+            "machine": {"platform": platform.platform(), "torch": torch.__version__, "poa": __version__},
+            "seeds": arguments.seeds,
+            "training_seconds": [seconds for _, seconds in found],
+            "raw_pixels": raw,
+            "knn": subnets,
+            "knn_by_seed": {str(seed): by_name for seed, (by_name, _) in zip(arguments.seeds, found, strict=True)},
+        }
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
