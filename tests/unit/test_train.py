@@ -296,6 +296,17 @@ def test_monitor_looks_at_three_subnets_and_leaves_the_backbone_as_it_was(source
     assert found == Monitor(CONFIG, source, backbone.space).look(backbone)
 
 
+def test_monitor_does_not_warn_of_fresh_weights(source):
+    backbone = ElasticViT(CONFIG.model)
+    backbone.init_weights_(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        backbone.norm.weight.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PoaWarning)
+        found = Monitor(CONFIG, source, backbone.space).look(backbone, warn=False)
+    assert all(figures["rankme"] < 2 for figures in found.values())
+
+
 def test_monitor_warns_of_collapse(source):
     backbone = random_backbone()
     with torch.no_grad():

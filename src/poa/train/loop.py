@@ -141,7 +141,8 @@ class Loop:
             speed = metrics.write(done, record)["images_per_second"]
         self.reporter.step(done, record.loss, speed)
         if self.monitor.is_due(done, self.num_steps):
-            found = self.monitor.look(self.trainer.model.teacher.backbone)
+            has_learnt = done > self.trainer.schedules.num_warmup_steps
+            found = self.monitor.look(self.trainer.model.teacher.backbone, warn=has_learnt)
             metrics.write_monitor(done, found)
             self.reporter.monitor(done, found)
 

@@ -39,8 +39,12 @@ class Monitor:
         """Whether to look after `step` steps."""
         return self.config.every > 0 and (step % self.config.every == 0 or step == num_steps)
 
-    def look(self, backbone: Backbone) -> dict[str, dict[str, float]]:
-        """For each of the three sub-networks `rankme`, and `knn` where labels exist; warns of collapse."""
+    def look(self, backbone: Backbone, *, warn: bool = True) -> dict[str, dict[str, float]]:
+        """For each of the three sub-networks `rankme`, and `knn` where labels exist; with `warn` warns of collapse.
+
+        Fresh weights give features of a very low rank too: while the learning rate warms up there is nothing to warn
+        of.
+        """
         training = backbone.training
         backbone.eval()
         seen = extract_features(
@@ -49,7 +53,7 @@ class Monitor:
         with seen as features:
             found = {str(subnet): self._figures(features.of(subnet), features.indices) for subnet in self.subnets}
         backbone.train(training)
-        for subnet, figures in found.items():
+        for subnet, figures in found.items() if warn else ():
             if figures["rankme"] < self.config.collapse_rank:
                 warnings.warn(
                     f"the features of {subnet} have an effective rank of {figures['rankme']:.2f}: they are collapsing. "

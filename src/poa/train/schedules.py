@@ -74,6 +74,7 @@ class Schedules:
     """All schedules of a run."""
 
     num_steps: int
+    num_warmup_steps: int
     num_frozen_steps: int
     mask_start_step: int
     lr_schedule: Schedule
@@ -115,6 +116,7 @@ def make_schedules(config: PretrainConfig, steps_per_epoch: int) -> Schedules:
     momentum = (optim.ema_momentum, optim.ema_momentum, optim.final_ema_momentum)
     return Schedules(
         num_steps=num_steps,
+        num_warmup_steps=warmup,
         num_frozen_steps=num_steps_of(optim.freeze_last_layer_epochs, steps_per_epoch),
         mask_start_step=_mask_start_step(objective, num_steps, steps_per_epoch),
         lr_schedule=WarmupCosine(0.0, peak, optim.final_lr, num_steps, warmup, stretch),
