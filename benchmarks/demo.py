@@ -15,7 +15,6 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,18 +29,16 @@ from poa.train import ConsoleReporter, pretrain
 from poa.version import __version__
 
 
-def accuracies(seed: int) -> tuple[dict[str, float], float]:
-    """The best k-NN accuracy of every sub-network trained with that seed, and the seconds that training took."""
+def accuracies(seed: int) -> dict[str, float]:
+    """The best k-NN accuracy of every sub-network trained with that seed."""
     recipe = load_recipe("digits")
     config = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=seed))
     train, test = (open_source(f"digits:{part}", config.data, config.model.num_channels) for part in ("train", "test"))
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
         pretrain(config, Path(folder) / "run", ConsoleReporter())
-        seconds = time.perf_counter() - start
         family = load(Path(folder) / "run")
         report = evaluate_knn(family, train, test, family.subnets)
-    return {result.subnet: result.best for result in report.results}, seconds
+    return {result.subnet: result.best for result in report.results}
 
 
 def main() -> int:
@@ -53,8 +50,8 @@ def main() -> int:
     data = load_recipe("digits").data
     raw = raw_pixel_accuracy(open_source("digits:train", data, 1), open_source("digits:test", data, 1))
     subnets = {}
-    for name in found[0][0]:
-        values = [by_name[name] for by_name, _ in found]
+    for name in found[0]:
+        values = [by_name[name] for by_name in found]
         subnets[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
         print(f"{name:<8} {subnets[name]['median']:.1%}   ({min(values):.1%} … {max(values):.1%})")
     print(f"raw pixels {raw:.1%}")
@@ -64,10 +61,9 @@ def main() -> int:
             "command": "python benchmarks/demo.py " + " ".join(sys.argv[1:]),
             "machine": {"platform": platform.platform(), "torch": torch.__version__, "poa": __version__},
             "seeds": arguments.seeds,
-            "training_seconds": [seconds for _, seconds in found],
             "raw_pixels": raw,
             "knn": subnets,
-            "knn_by_seed": {str(seed): by_name for seed, (by_name, _) in zip(arguments.seeds, found, strict=True)},
+            "knn_by_seed": {str(seed): by_name for seed, by_name in zip(arguments.seeds, found, strict=True)},
         }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
