@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from machine import processor
 
 from poa.config import load_recipe
 from poa.data import open_source
@@ -59,7 +60,12 @@ def main() -> int:
         result = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": "python benchmarks/demo.py " + " ".join(sys.argv[1:]),
-            "machine": {"platform": platform.platform(), "torch": torch.__version__, "poa": __version__},
+            "machine": {
+                "processor": processor(),
+                "platform": platform.platform(),
+                "torch": torch.__version__,
+                "poa": __version__,
+            },
             "seeds": arguments.seeds,
             "raw_pixels": raw,
             "knn": subnets,

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import processor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -133,14 +134,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "images_per_second": spread([trainer.config.train.batch_size / each for each in step_times]),
         "peak_memory_gib": memory,
     }
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} × {names[0]}" if names else platform.processor()
 
 
 def peak_memory(device: torch.device) -> float:
