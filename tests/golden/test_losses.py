@@ -64,6 +64,13 @@ def test_koleo_and_its_gradient_equal_the_reference(golden):
     assert relative_error(x.grad, golden["koleo.grad"]) < 1e-5
 
 
+def test_koleo_is_computed_in_float32_under_autocast(golden):
+    close = torch.nn.functional.normalize(golden["koleo.x"][:1] + 1e-3 * golden["koleo.x"], dim=-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = koleo_loss(close)
+    assert relative_error(mixed, koleo_loss(close)) < 1e-6
+
+
 def test_distillation_equals_the_reference_and_leaves_the_intact_student_alone(golden):
     intact = golden["distill.intact"].clone().requires_grad_()
     elastic = golden["distill.elastic"].clone().requires_grad_()

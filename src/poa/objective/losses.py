@@ -97,14 +97,16 @@ def distillation_loss(intact: Float[Tensor, "R K"], elastic: Float[Tensor, "R K"
 def koleo_loss(x: Float[Tensor, "B C"]) -> Float[Tensor, ""]:
     """mean_i −log(‖x_i − x_nn(i)‖ + 1e-8) on L2-normalised rows: spreads them out (Sablayrolles et al., 2019).
 
-    The nearest neighbour is the one of largest inner product; its choice is not differentiated.
+    The nearest neighbour is the one of largest inner product; its choice is not differentiated. Always computed in
+    float32, also under autocast: near neighbours differ by less than bfloat16 resolves.
     """
-    x = F.normalize(x.float(), eps=1e-8, dim=-1)
-    with torch.no_grad():
-        similarity = x @ x.T
-        similarity.fill_diagonal_(-1.0)
-        nearest = similarity.argmax(dim=1)
-    return -torch.log(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).mean()
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.float(), eps=1e-8, dim=-1)
+        with torch.no_grad():
+            similarity = x @ x.T
+            similarity.fill_diagonal_(-1.0)
+            nearest = similarity.argmax(dim=1)
+        return -torch.log(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).mean()
 
 
 def student_loss(terms: StudentTerms, config: ObjectiveConfig, shares: Shares) -> Float[Tensor, ""]:
