@@ -69,7 +69,7 @@ def make_trainer(arguments: argparse.Namespace) -> Trainer:
 
 def make_batch(config: PretrainConfig, step: int) -> Batch:
     size, images = config.model.image_size, config.train.batch_size
-    side = size // config.model.patch_size
+    side = config.model.mask_side
     masks = batch_masks(
         2 * images,
         (side, side),

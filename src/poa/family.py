@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from poa.backbones.base import Backbone, Features
+    from poa.backbones.base import Backbone, Features, TimmModel
 
 CARD_FILE = "family.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -131,11 +131,11 @@ class Family:
 
         Raises:
             SubnetError: the family has no such sub-network.
-            ConfigError: the image size is no multiple of the patch size.
+            ConfigError: no network can be cut for that image size.
         """
         member = self.space.parse(subnet)
-        size = self._checked_size(image_size)
-        model = _empty_timm_model(*self.backbone.timm_model(member, size))
+        size = self.checked_image_size(image_size)
+        model = _empty_timm_model(self.backbone.timm_model(member, size))
         model.load_state_dict(self.backbone.timm_state(member, size), strict=True, assign=True)
         return model.eval()
 
@@ -157,30 +157,46 @@ class Family:
             CheckpointError: the directory holds something and `overwrite` is False.
             ExtractionError: the written model differs by more than `TOLERANCE`; nothing is left behind.
         """
-        from safetensors.torch import save_file
-
         member = self.space.parse(subnet)
-        size = self._checked_size(image_size)
+        size = self.checked_image_size(image_size)
         with replace_directory(Path(directory), overwrite=overwrite) as scratch:
-            state = self.backbone.timm_state(member, size)
-            save_file({name: part.contiguous() for name, part in state.items()}, scratch / "model.safetensors")
-            write_json(scratch / "config.json", self._timm_config(member, size))
-            found = self.verify(member, open_timm_directory(scratch), size)
-            record = {
-                "subnet": str(member),
-                "num_params": self.card.num_params(member),
-                "flops": self.card.architecture.flops(self.card.config, member, size),
-                "preprocessing": to_dict(self.card.preprocessing) | {"image_size": size},
-                "verification": to_dict(found),
-                "provenance": dict(self.card.provenance),
-                "family_weights_sha256": self.card.weights_sha256,
-                "poa_version": __version__,
-            }
-            write_json(scratch / "poa.json", record)
+            self.write_timm(member, scratch, size)
+            model = open_timm_directory(scratch)
+            found = self.verify(member, lambda images: self.backbone.timm_features(model, images), size)
+            write_json(scratch / "poa.json", self.record(member, size, found))
         return found
 
-    def verify(self, subnet: Subnet, model: nn.Module, image_size: int, num_images: int = 4) -> Verification:
-        """Compares an extracted timm model with the sub-network on a probe batch of random images.
+    def write_timm(self, member: Subnet, directory: Path, image_size: int) -> None:
+        """Writes `model.safetensors` and timm's `config.json` of a sub-network into a directory that is there."""
+        from safetensors.torch import save_file
+
+        state = self.backbone.timm_state(member, image_size)
+        save_file({name: part.contiguous() for name, part in state.items()}, directory / "model.safetensors")
+        write_json(directory / "config.json", self._timm_config(member, image_size))
+
+    def record(self, member: Subnet, image_size: int, found: Verification) -> dict[str, Any]:
+        """What is written beside an extracted network: where it came from, its size, and that it is exact."""
+        return {
+            "subnet": str(member),
+            "num_params": self.card.num_params(member),
+            "flops": self.card.architecture.flops(self.card.config, member, image_size),
+            "preprocessing": to_dict(self.card.preprocessing) | {"image_size": image_size},
+            "verification": to_dict(found),
+            "provenance": dict(self.card.provenance),
+            "family_weights_sha256": self.card.weights_sha256,
+            "poa_version": __version__,
+        }
+
+    def verify(
+        self, subnet: Subnet, read: Callable[[Tensor], Features], image_size: int, num_images: int = 4
+    ) -> Verification:
+        """Compares an extracted model with the sub-network on a probe batch of random images.
+
+        Args:
+            subnet: the sub-network.
+            read: gives the extracted model's features of a batch of images.
+            image_size: side of the images.
+            num_images: how many.
 
         Raises:
             ExtractionError: they differ by more than `TOLERANCE`.
@@ -192,11 +208,9 @@ class Family:
         images = torch.randn(shape, generator=rng)
         with torch.inference_mode():
             ours = self.backbone([images], subnet)[0]
-            prefix = getattr(model, "num_prefix_tokens", 0)
-            tokens = model.forward_features(images)  # type: ignore[operator]
-            theirs = torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1)
+            theirs = read(images)
             expected = torch.cat([ours.cls.unsqueeze(1), ours.patches], dim=1)
-        difference = theirs - expected
+            difference = torch.cat([theirs.cls.unsqueeze(1), theirs.patches], dim=1) - expected
         relative = float(difference.norm() / expected.norm())
         found = Verification(str(subnet), relative, float(difference.abs().max()), TOLERANCE, num_images)
         if not relative <= TOLERANCE:
@@ -233,25 +247,30 @@ class Family:
         self.backbone.to(device)
         return self
 
-    def _checked_size(self, image_size: int | None) -> int:
+    def checked_image_size(self, image_size: int | None) -> int:
+        """The side of the images that a network is cut for: the family's own if None.
+
+        Raises:
+            ConfigError: no network can be cut for that size.
+        """
         size = self.card.preprocessing.image_size if image_size is None else image_size
-        patch = self.card.config.patch_size
-        if size <= 0 or size % patch:
-            raise ConfigError(
-                f"the image size must be a multiple of the patch size {patch}; got {size}, the nearest is "
-                f"{max(patch, round(size / patch) * patch)}."
-            )
+        self.card.config.require_image_size("the image size", size)
         return size
 
+    def _licence(self) -> dict[str, str]:
+        """Timm's `license` of a family that was grown from public weights."""
+        init = self.card.provenance.get("init", {})
+        return {"license": init["license"]} if "license" in init else {}
+
     def _timm_config(self, subnet: Subnet, image_size: int) -> dict[str, Any]:
-        name, arguments = self.backbone.timm_model(subnet, image_size)
+        made = self.backbone.timm_model(subnet, image_size)
         how = self.card.preprocessing
         return {
-            "architecture": name,
+            "architecture": made.architecture,
             "num_classes": 0,
-            "num_features": subnet.width,
-            "global_pool": "token",
-            "model_args": arguments,
+            "num_features": self.backbone.layout.features.active(subnet.width),
+            "global_pool": made.global_pool,
+            "model_args": made.arguments,
             "pretrained_cfg": {
                 "tag": "poa",
                 "custom_load": False,
@@ -263,9 +282,8 @@ class Family:
                 "mean": list(how.per_channel(how.mean)),
                 "std": list(how.per_channel(how.std)),
                 "num_classes": 0,
-                "pool_size": None,
-                "first_conv": "patch_embed.proj",
-                "classifier": "head",
+                **made.pretrained_cfg,
+                **self._licence(),
             },
         }
 
@@ -361,10 +379,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _empty_timm_model(name: str, arguments: dict[str, Any]) -> nn.Module:
+def _empty_timm_model(made: TimmModel) -> nn.Module:
     import timm
     import torch
 
     with torch.device("meta"):
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
-    return model
+        empty: nn.Module = timm.create_model(made.architecture, pretrained=False, num_classes=0, **made.arguments)
+    if next(empty.buffers(), None) is None:
+        return empty
+    # Buffers that no state dict holds (Swin's attention masks) are computed where the model is made.
+    with torch.random.fork_rng(devices=[]):
+        whole: nn.Module = timm.create_model(made.architecture, pretrained=False, num_classes=0, **made.arguments)
+    return whole

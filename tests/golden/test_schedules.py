@@ -62,13 +62,15 @@ def test_multipliers_of_every_parameter_equal_the_reference():
     heads = HeadsConfig(num_prototypes=(64, 128), hidden_dim=64, bottleneck_dim=32)
     config = ViTConfig()
     with torch.device("meta"):
-        student = Branch(ElasticViT(config), ProjectionHeads(config.widths[-1], heads))
+        backbone = ElasticViT(config)
+        student = Branch(backbone, ProjectionHeads(backbone.layout.features, heads))
     ours = parameter_multipliers(student, OptimConfig())
     expected = {our_name(name): entry for name, *entry in golden_json("param_groups_vit")}
     assert sorted(ours) == sorted(expected)
     for name, (lr, weight_decay, is_last_layer) in expected.items():
         assert ours[name].lr == pytest.approx(lr, rel=1e-8), name
-        assert ours[name][1:] == (weight_decay, is_last_layer), name
+        assert ours[name].weight_decay == weight_decay, name
+        assert (ours[name].rate == "last_layer_lr") == is_last_layer, name
 
 
 def resnet_space():

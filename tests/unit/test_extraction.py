@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_all_143_subnets_of_the_large_space_equal_their_timm_models_at_every_dep
     with torch.inference_mode():
         for subnet in family.subnets:
             model = family.extract(subnet)
-            theirs, between = model.forward_intermediates(images, norm=False, output_fmt="NLC")
+            theirs, between = model.forward_intermediates(images, norm=False, output_fmt="NCHW")
             ours = family.backbone([images], subnet)[0]
             assert relative_error(ours.cls, theirs[:, 0]) < 1e-5, subnet
             assert relative_error(ours.patches, theirs[:, 1:]) < 1e-5, subnet
@@ -143,7 +144,7 @@ def test_a_model_that_differs_is_refused(family, tmp_path):
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight[0, 0] += 0.5
     with pytest.raises(ExtractionError, match="w48-d3 differs"):
-        family.verify(family.space.parse("w48-d3"), model, 16)
+        family.verify(family.space.parse("w48-d3"), partial(family.backbone.timm_features, model), 16)
 
 
 def test_a_damaged_cut_leaves_nothing_behind(family, tmp_path, monkeypatch):

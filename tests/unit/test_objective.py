@@ -5,7 +5,7 @@ import torch
 
 from poa.backbones.vit import ElasticViT, _add_rows, _select_rows
 from poa.config import HeadsConfig, ObjectiveConfig, ViTConfig
-from poa.elastic import Subnet
+from poa.elastic import Subnet, elastic
 from poa.objective import (
     PoaModel,
     ProjectionHeads,
@@ -104,7 +104,7 @@ def test_fresh_teacher_equals_the_student_and_takes_no_gradient():
 
 
 def test_only_the_first_layer_of_a_head_is_cut():
-    heads = ProjectionHeads(32, HEADS)
+    heads = ProjectionHeads(elastic(32, 32), HEADS)
     heads.init_weights_(torch.Generator().manual_seed(0))
     x = torch.randn(5, 16)
     padded = torch.cat([x * 2.0, torch.randn(5, 16)], dim=1)
@@ -122,7 +122,7 @@ def test_only_the_first_layer_of_a_head_is_cut():
 
 
 def test_logits_are_cosines_times_the_prototypes_lengths():
-    heads = ProjectionHeads(32, HEADS)
+    heads = ProjectionHeads(elastic(32, 32), HEADS)
     heads.init_weights_(torch.Generator().manual_seed(0))
     logits = heads(torch.randn(50, 32) * 100, 32)[0]
     assert logits.abs().max() <= 1.0 + 1e-5

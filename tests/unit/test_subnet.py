@@ -121,15 +121,15 @@ CUTS = {
         lambda x, w: x[:w, : 4 * w] * (WIDTH / w),
     ),
     "qkv weight": (
-        Cut((elastic(3 * WIDTH, WIDTH, 3), elastic(WIDTH, WIDTH)), fan_in=1),
+        Cut((elastic(3 * WIDTH, WIDTH, num_groups=3), elastic(WIDTH, WIDTH)), fan_in=1),
         lambda x, w: np.concatenate([x[i * WIDTH : i * WIDTH + w, :w] for i in range(3)]) * (WIDTH / w),
     ),
     "qkv bias": (
-        Cut((elastic(3 * WIDTH, WIDTH, 3),)),
+        Cut((elastic(3 * WIDTH, WIDTH, num_groups=3),)),
         lambda x, w: np.concatenate([x[i * WIDTH : i * WIDTH + w] for i in range(3)]),
     ),
     "two grouped axes": (
-        Cut((fixed(2), elastic(2 * WIDTH, WIDTH, 2), elastic(3 * WIDTH, WIDTH, 3)), fan_in=2),
+        Cut((fixed(2), elastic(2 * WIDTH, WIDTH, num_groups=2), elastic(3 * WIDTH, WIDTH, num_groups=3)), fan_in=2),
         lambda x, w: (
             x[:, [i for i in range(2 * WIDTH) if i % WIDTH < w]][:, :, [i for i in range(3 * WIDTH) if i % WIDTH < w]]
             * (WIDTH / w)

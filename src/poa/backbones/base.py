@@ -1,10 +1,10 @@
-"""The contract of an elastic backbone."""
+"""The contract of an elastic backbone. How to write one: docs/new-backbone.md."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,7 +19,21 @@ class Features(NamedTuple):
     cls: Float[Tensor, "B C"]
     """One vector per crop."""
     patches: Float[Tensor, "B N C"]
-    """One vector per patch, row by row."""
+    """One vector per place of the mask's grid, row by row."""
+
+
+class TimmModel(NamedTuple):
+    """How timm makes an extracted network."""
+
+    architecture: str
+    """timm's name of a stock model of that class."""
+    arguments: dict[str, Any]
+    """What is passed to it."""
+    pretrained_cfg: Mapping[str, Any]
+    """Of timm's description of weights what depends on the class: `first_conv`, `classifier`, `pool_size`, and
+    `fixed_input_size` where it is False (True by default)."""
+    global_pool: str
+    """How timm's class makes the class vector: `token`, `avg`."""
 
 
 class Backbone(nn.Module, ABC):
@@ -29,8 +43,12 @@ class Backbone(nn.Module, ABC):
     timm's. `layout` is the table that its parameters are made from and cut by.
     """
 
+    config: Any
     layout: Layout
     space: SearchSpace
+
+    embedding: ClassVar[str | None] = None
+    """Prefix of the patch embedding's parameters, which learn at `optim.patch_embed_lr_scale`; None: no such part."""
 
     @abstractmethod
     def forward(
@@ -45,14 +63,15 @@ class Backbone(nn.Module, ABC):
         Args:
             crops: batches of normalised crops.
             subnet: which sub-network runs.
-            masks: for each batch which patches are replaced by the mask token, or None.
+            masks: for each batch which places of the grid (`config.mask_side` on a side, row by row) are replaced by
+                the mask token, or None.
             rows_rng: a CPU generator; where given, stochastic depth draws the rows it computes from it.
                 Without it every row is computed, as in evaluation.
         """
 
     @abstractmethod
-    def forward_intermediates(self, image: Float[Tensor, "B c h w"], subnet: Subnet) -> list[Float[Tensor, "B N C"]]:
-        """The patch vectors after each kept block, before the final norm, row by row."""
+    def forward_intermediates(self, image: Float[Tensor, "B c h w"], subnet: Subnet) -> list[Float[Tensor, "B _ _ _"]]:
+        """The maps [B, C, h, w] at several depths: those that timm's `forward_intermediates` gives."""
 
     @abstractmethod
     def num_layers(self) -> int:
@@ -63,12 +82,34 @@ class Backbone(nn.Module, ABC):
         """The step of that parameter: 0 for the embedding, i + 1 for block i, `num_layers()` − 1 at the top."""
 
     @abstractmethod
-    def timm_model(self, subnet: Subnet, image_size: int) -> tuple[str, dict[str, Any]]:
-        """The timm architecture and arguments of the extracted network."""
+    def timm_model(self, subnet: Subnet, image_size: int) -> TimmModel:
+        """How timm makes the extracted network."""
 
     @abstractmethod
     def timm_state(self, subnet: Subnet, image_size: int) -> dict[str, Tensor]:
         """The extracted network's state dict, for timm's class, at that image size."""
+
+    @abstractmethod
+    def timm_features(self, model: nn.Module, images: Float[Tensor, "B c h w"]) -> Features:
+        """What `forward` would give, read from an extracted timm model."""
+
+    def token_features(self, cls: Float[Tensor, "B C"], tokens: Float[Tensor, "B T C"]) -> Features:
+        """What `forward` would give, from a model that gives a class vector and all tokens of its last layer."""
+        return Features(cls, tokens[:, -(self.config.mask_side**2) :])
+
+    def adapted(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A foreign network's parameter of another shape, fitted to ours of that name; None if there is no way.
+
+        Here: the first layer of a network for images of another number of channels, as timm does it.
+        """
+        ours = self.layout.cuts[name].full_shape
+        first = self.timm_model(self.space.intact, self.config.image_size).pretrained_cfg["first_conv"]
+        if name != f"{first}.weight" or tensor.ndim != len(ours) or tensor.shape[1] != 3:
+            return None
+        from timm.models import adapt_input_conv
+
+        fitted: Tensor = adapt_input_conv(ours[1], tensor)
+        return fitted
 
     @abstractmethod
     def init_weights_(self, generator: torch.Generator) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from poa.backbones.convnext_layout import convnext_flops, convnext_layout, convnext_space
+from poa.backbones.resnet_layout import resnet_flops, resnet_layout, resnet_space
+from poa.backbones.swin_layout import swin_flops, swin_layout, swin_space
 from poa.backbones.vit_layout import vit_flops, vit_layout, vit_space
-from poa.config import ViTConfig
+from poa.config import ConvNeXtConfig, ResNetConfig, SwinConfig, ViTConfig
 from poa.elastic import Layout, SearchSpace, Subnet
 from poa.errors import ConfigError
 
@@ -42,8 +45,31 @@ def _build_vit(config: ViTConfig) -> Backbone:
     return ElasticViT(config)
 
 
+def _build_resnet(config: ResNetConfig) -> Backbone:
+    from poa.backbones.resnet import ElasticResNet
+
+    return ElasticResNet(config)
+
+
+def _build_swin(config: SwinConfig) -> Backbone:
+    from poa.backbones.swin import ElasticSwin
+
+    return ElasticSwin(config)
+
+
+def _build_convnext(config: ConvNeXtConfig) -> Backbone:
+    from poa.backbones.convnext import ElasticConvNeXt
+
+    return ElasticConvNeXt(config)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "vit": Architecture("vit", ViTConfig, vit_space, vit_layout, vit_flops, _build_vit),
+    "swin": Architecture("swin", SwinConfig, swin_space, swin_layout, swin_flops, _build_swin),
+    "resnet": Architecture("resnet", ResNetConfig, resnet_space, resnet_layout, resnet_flops, _build_resnet),
+    "convnext": Architecture(
+        "convnext", ConvNeXtConfig, convnext_space, convnext_layout, convnext_flops, _build_convnext
+    ),
 }
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poa.backbones.base import Backbone, Features
-from poa.backbones.vit_layout import block_cuts, vit_layout, vit_space
+from poa.backbones.base import Backbone, Features, TimmModel
+from poa.backbones.vit_blocks import MLPS, Attention, EvaAttention, PatchEmbed, Rotation, Shapes, rotation
+from poa.backbones.vit_layout import block_cuts, hidden_channels, mlp_ratio_of, vit_layout, vit_space
 from poa.config import ViTConfig
-from poa.elastic import Cut, Subnet, cut_state, kept_blocks
-from poa.elastic.layers import ElasticLayerNorm, ElasticLayerScale, ElasticLinear
+from poa.elastic import Cut, Subnet, cut_state
+from poa.elastic.layers import ElasticLayerNorm, ElasticLayerScale
 from poa.errors import ConfigError
-
-Shapes = tuple[tuple[int, int], ...]
-"""For each batch of crops (rows, tokens per row): how the packed token matrix falls apart."""
 
 
 class KeptRows(NamedTuple):
@@ -32,90 +31,78 @@ class KeptRows(NamedTuple):
     """The shapes of what is kept."""
 
 
-class Attention(nn.Module):
-    """Self-attention with heads of a fixed size; a narrower network has fewer heads."""
-
-    def __init__(self, cuts: dict[str, Cut], head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.qkv = ElasticLinear(cuts["attn.qkv.weight"], cuts["attn.qkv.bias"])
-        self.proj = ElasticLinear(cuts["attn.proj.weight"], cuts["attn.proj.bias"])
-
-    def forward(self, x: Float[Tensor, "T C"], shapes: Shapes, width: int) -> Float[Tensor, "T C"]:
-        """Attention within each row of each batch of crops."""
-        mixed = []
-        sizes = [rows * tokens for rows, tokens in shapes]
-        for part, (rows, tokens) in zip(self.qkv(x, width).split(sizes), shapes, strict=True):
-            q, k, v = part.view(rows, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-            y = F.scaled_dot_product_attention(q, k, v)
-            mixed.append(y.transpose(1, 2).reshape(rows * tokens, -1))
-        out: Tensor = self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0], width)
-        return out
-
-
-class Mlp(nn.Module):
-    """The two-layer perceptron of a block."""
-
-    def __init__(self, cuts: dict[str, Cut]) -> None:
-        super().__init__()
-        self.fc1 = ElasticLinear(cuts["mlp.fc1.weight"], cuts["mlp.fc1.bias"])
-        self.fc2 = ElasticLinear(cuts["mlp.fc2.weight"], cuts["mlp.fc2.bias"])
-
-    def forward(self, x: Float[Tensor, "T C"], width: int) -> Float[Tensor, "T C"]:
-        """fc2(GELU(fc1(x)))."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x, width)), width)
-        return out
-
-
 class Block(nn.Module):
-    """A pre-norm transformer block on packed tokens."""
+    """A pre-norm transformer block on packed tokens, with the names of timm's VisionTransformer."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    attention: ClassVar[type[Attention]] = Attention
+
+    def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
-        cuts = block_cuts(config.widths[-1], config.mlp_ratio, config.init_values is not None)
-        self.norm1 = ElasticLayerNorm(cuts["norm1.weight"], eps=1e-6)
-        self.attn = Attention(cuts, config.head_dim)
-        self.norm2 = ElasticLayerNorm(cuts["norm2.weight"], eps=1e-6)
-        self.mlp = Mlp(cuts)
-        scaled = config.init_values is not None
+        cuts = block_cuts(config, index)
+        self.norm1 = ElasticLayerNorm(cuts["norm1.weight"], eps=config.norm_eps)
+        self.attn = self.attention(cuts, config.head_dim)
+        self.norm2 = ElasticLayerNorm(cuts["norm2.weight"], eps=config.norm_eps)
+        self.mlp = MLPS[config.mlp](cuts)
+        self._make_scales(cuts)
+
+    def forward(
+        self,
+        x: Float[Tensor, "T C"],
+        shapes: Shapes,
+        width: int,
+        kept: tuple[KeptRows, KeptRows] | None,
+        rotations: tuple[Rotation, ...] | None = None,
+    ) -> Float[Tensor, "T C"]:
+        """The block's output.
+
+        Args:
+            x: the packed tokens.
+            shapes: how they fall apart.
+            width: the sub-network's.
+            kept: each branch is computed for these rows only; None: for all.
+            rotations: the rotary position embedding of each batch of crops; None: there is none.
+        """
+        if kept is None:
+            x = x + self._attn_branch(x, shapes, width, rotations)
+            return x + self._mlp_branch(x, width)
+        attn, mlp = kept
+        y = self._attn_branch(_select_rows(x, shapes, attn), attn.shapes, width, rotations)
+        x = _add_rows(x, y, shapes, attn)
+        return _add_rows(x, self._mlp_branch(_select_rows(x, shapes, mlp), width), shapes, mlp)
+
+    def _attn_branch(
+        self, x: Tensor, shapes: Shapes, width: int, rotations: tuple[Rotation, ...] | None = None
+    ) -> Tensor:
+        return self._scaled(self.attn(self.norm1(x, width), shapes, width, rotations), 1, width)
+
+    def _mlp_branch(self, x: Tensor, width: int) -> Tensor:
+        return self._scaled(self.mlp(self.norm2(x, width), width), 2, width)
+
+    def _make_scales(self, cuts: dict[str, Cut]) -> None:
+        scaled = "ls1.gamma" in cuts
         self.ls1 = ElasticLayerScale(cuts["ls1.gamma"]) if scaled else None
         self.ls2 = ElasticLayerScale(cuts["ls2.gamma"]) if scaled else None
 
-    def forward(
-        self, x: Float[Tensor, "T C"], shapes: Shapes, width: int, kept: tuple[KeptRows, KeptRows] | None
-    ) -> Float[Tensor, "T C"]:
-        """The block's output; with `kept`, each branch is computed for the kept rows only."""
-        if kept is None:
-            x = x + self._attn_branch(x, shapes, width)
-            return x + self._mlp_branch(x, width)
-        attn, mlp = kept
-        x = _add_rows(x, self._attn_branch(_select_rows(x, shapes, attn), attn.shapes, width), shapes, attn)
-        return _add_rows(x, self._mlp_branch(_select_rows(x, shapes, mlp), width), shapes, mlp)
-
-    def _attn_branch(self, x: Tensor, shapes: Shapes, width: int) -> Tensor:
-        y: Tensor = self.attn(self.norm1(x, width), shapes, width)
-        return y if self.ls1 is None else self.ls1(y, width)
-
-    def _mlp_branch(self, x: Tensor, width: int) -> Tensor:
-        y: Tensor = self.mlp(self.norm2(x, width), width)
-        return y if self.ls2 is None else self.ls2(y, width)
+    def _scaled(self, y: Tensor, branch: Literal[1, 2], width: int) -> Tensor:
+        scale = self.ls1 if branch == 1 else self.ls2
+        return y if scale is None else scale(y, width)
 
 
-class PatchEmbed(nn.Module):
-    """The patch embedding: a fixed fan-in, so no factor; narrower networks own the leading channels."""
+class EvaBlock(Block):
+    """The same with the names of timm's Eva."""
 
-    def __init__(self, weight: Cut, bias: Cut) -> None:
-        super().__init__()
-        self.weight_cut = weight
-        self.bias_cut = bias
-        channels, inputs, patch, _ = weight.full_shape
-        self.proj = nn.Conv2d(inputs, channels, patch, stride=patch)
+    attention = EvaAttention
 
-    def forward(self, image: Float[Tensor, "B c h w"], width: int) -> Float[Tensor, "B N C"]:
-        """One vector per patch, row by row."""
-        weight = self.weight_cut.apply(self.proj.weight, width)
-        bias = None if self.proj.bias is None else self.bias_cut.apply(self.proj.bias, width)
-        return F.conv2d(image, weight, bias, stride=self.proj.stride).flatten(2).transpose(1, 2)
+    def _make_scales(self, cuts: dict[str, Cut]) -> None:
+        self.scale_cut = cuts.get("gamma_1")
+        if self.scale_cut is not None:
+            self.gamma_1 = nn.Parameter(torch.empty(self.scale_cut.full_shape))
+            self.gamma_2 = nn.Parameter(torch.empty(self.scale_cut.full_shape))
+
+    def _scaled(self, y: Tensor, branch: Literal[1, 2], width: int) -> Tensor:
+        if self.scale_cut is None:
+            return y
+        return y * self.scale_cut.apply(self.gamma_1 if branch == 1 else self.gamma_2, width)
 
 
 class ElasticViT(Backbone):
@@ -124,6 +111,9 @@ class ElasticViT(Backbone):
     Its class vector is the class token after the final norm. All crops of a call travel through the blocks as
     one token matrix; only attention runs once for each crop size.
     """
+
+    config: ViTConfig
+    embedding = "patch_embed."
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -134,11 +124,13 @@ class ElasticViT(Backbone):
         self.cls_token = nn.Parameter(torch.empty(cuts["cls_token"].full_shape))
         if config.num_reg_tokens:
             self.reg_token = nn.Parameter(torch.empty(cuts["reg_token"].full_shape))
-        self.pos_embed = nn.Parameter(torch.empty(cuts["pos_embed"].full_shape))
+        if config.position == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(cuts["pos_embed"].full_shape))
         self.mask_token = nn.Parameter(torch.empty(cuts["mask_token"].full_shape))
         self.patch_embed = PatchEmbed(cuts["patch_embed.proj.weight"], cuts["patch_embed.proj.bias"])
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depths[-1]))
-        self.norm = ElasticLayerNorm(cuts["norm.weight"], eps=1e-6)
+        block = EvaBlock if config.position == "rope" else Block
+        self.blocks = nn.ModuleList(block(config, index) for index in range(config.depths[-1]))
+        self.norm = ElasticLayerNorm(cuts["norm.weight"], eps=config.norm_eps)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -159,22 +151,25 @@ class ElasticViT(Backbone):
         ]
         shapes = tuple((part.shape[0], part.shape[1]) for part in tokens)
         x = torch.cat([part.flatten(0, 1) for part in tokens])
-        blocks = kept_blocks(len(self.blocks), subnet.depths[0])
+        blocks = self.layout.stages[0].kept(subnet.depths[0])
         kept = self._draw_rows(shapes, len(blocks), rows_rng, x.device)
+        rotations = self._rotations(crops)
         for block, rows in zip(blocks, kept, strict=True):
-            x = self.blocks[block](x, shapes, subnet.width, rows)
+            x = self.blocks[block](x, shapes, subnet.width, rows, rotations)
         x = self.norm(x, subnet.width)
         return [Features(part[:, 0], part[:, self.num_prefix_tokens :]) for part in _batches(x, shapes)]
 
-    def forward_intermediates(self, image: Float[Tensor, "B c h w"], subnet: Subnet) -> list[Float[Tensor, "B N C"]]:
-        """See `Backbone.forward_intermediates`."""
+    def forward_intermediates(self, image: Float[Tensor, "B c h w"], subnet: Subnet) -> list[Float[Tensor, "B _ _ _"]]:
+        """See `Backbone.forward_intermediates`: the patch vectors after each kept block, before the final norm."""
         x = self._embed(image, None, subnet.width)
+        grid = self._grid(image)
+        rotations = self._rotations([image])
         shape = (x.shape[0], x.shape[1])
         x = x.flatten(0, 1)
         found = []
-        for block in kept_blocks(len(self.blocks), subnet.depths[0]):
-            x = self.blocks[block](x, (shape,), subnet.width, None)
-            found.append(x.unflatten(0, shape)[:, self.num_prefix_tokens :])
+        for block in self.layout.stages[0].kept(subnet.depths[0]):
+            x = self.blocks[block](x, (shape,), subnet.width, None, rotations)
+            found.append(x.unflatten(0, shape)[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid))
         return found
 
     def _embed(self, image: Tensor, mask: Tensor | None, width: int) -> Float[Tensor, "B N C"]:
@@ -196,10 +191,24 @@ class ElasticViT(Backbone):
         if self.config.num_reg_tokens:
             prefix.append(cuts["reg_token"].apply(self.reg_token, width))
         prefix = [token.expand(x.shape[0], -1, -1) for token in prefix]
-        position = self._positions(width, (height // patch, breadth // patch))
+        if self.config.position == "rope":
+            return torch.cat([*prefix, x], dim=1)
+        position = self._positions(width, self._grid(image))
         if self.config.no_embed_class:
             return torch.cat([*prefix, x + position], dim=1)
         return torch.cat([*prefix, x], dim=1) + position
+
+    def _grid(self, image: Tensor) -> tuple[int, int]:
+        return image.shape[-2] // self.config.patch_size, image.shape[-1] // self.config.patch_size
+
+    def _rotations(self, crops: Sequence[Tensor]) -> tuple[Rotation, ...] | None:
+        config = self.config
+        if config.position == "learned":
+            return None
+        return tuple(
+            rotation(self._grid(crop), self.num_prefix_tokens, config.head_dim, config.rope_temperature, crop.device)
+            for crop in crops
+        )
 
     def _positions(self, width: int, grid: tuple[int, int]) -> Float[Tensor, "1 N C"]:
         position = self.layout.cuts["pos_embed"].apply(self.pos_embed, width)
@@ -228,29 +237,70 @@ class ElasticViT(Backbone):
             return int(name.split(".")[1]) + 1
         return len(self.blocks) + 1 if name.startswith("norm.") else 0
 
-    def timm_model(self, subnet: Subnet, image_size: int) -> tuple[str, dict[str, Any]]:
+    def timm_model(self, subnet: Subnet, image_size: int) -> TimmModel:
         """See `Backbone.timm_model`."""
         config = self.config
-        return "vit_tiny_patch16_224", {
+        hidden = hidden_channels(config, subnet.width)
+        arguments = {
             "img_size": image_size,
             "patch_size": config.patch_size,
             "in_chans": config.num_channels,
             "embed_dim": subnet.width,
             "depth": subnet.depths[0],
             "num_heads": subnet.width // config.head_dim,
-            "mlp_ratio": config.mlp_ratio,
+            "mlp_ratio": mlp_ratio_of(hidden, subnet.width),
             "init_values": config.init_values,
-            "reg_tokens": config.num_reg_tokens,
-            "no_embed_class": config.no_embed_class,
+            "qkv_bias": config.qkv_bias,
         }
+        described = {"pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head"}
+        if config.position == "rope":
+            stock = "vit_small_patch16_dinov3" if config.norm_eps == 1e-5 else "eva02_tiny_patch14_224"
+            return TimmModel(stock, arguments | self._eva_arguments(), described | {"fixed_input_size": False}, "token")
+        arguments |= {"reg_tokens": config.num_reg_tokens, "no_embed_class": config.no_embed_class}
+        if config.mlp == "gelu":
+            return TimmModel("vit_tiny_patch16_224", arguments, described, "token")
+        arguments["mlp_ratio"] = mlp_ratio_of(2 * hidden, subnet.width)
+        return TimmModel("vit_giant_patch14_dinov2", arguments, described, "token")
+
+    def _eva_arguments(self) -> dict[str, Any]:
+        return {
+            "num_reg_tokens": self.config.num_reg_tokens,
+            "swiglu_mlp": self.config.mlp != "gelu",
+            "swiglu_align_to": 1 if self.config.mlp == "swiglu" else 0,
+            "use_abs_pos_emb": False,
+            "use_rot_pos_emb": True,
+            "rope_type": "dinov3",
+            "rope_temperature": self.config.rope_temperature,
+            "rope_rotate_half": True,
+            "dynamic_img_size": True,
+            "use_fc_norm": False,
+            "global_pool": "token",
+        }
+
+    def timm_features(self, model: nn.Module, images: Float[Tensor, "B c h w"]) -> Features:
+        """See `Backbone.timm_features`."""
+        tokens = model.forward_features(images)  # type: ignore[operator]
+        return Features(tokens[:, 0], tokens[:, self.num_prefix_tokens :])
 
     def timm_state(self, subnet: Subnet, image_size: int) -> dict[str, Tensor]:
         """See `Backbone.timm_state`."""
         state = cut_state(self.layout, self.state_dict(), subnet)
+        if self.config.position == "rope":
+            return state
         side, new = (size // self.config.patch_size for size in (self.config.image_size, image_size))
         num_prefix = 0 if self.config.no_embed_class else self.num_prefix_tokens
         resized = resize_positions(state["pos_embed"], (side, side), (new, new), num_prefix)
         return {**state, "pos_embed": resized.contiguous()}
+
+    def adapted(self, name: str, tensor: Tensor) -> Tensor | None:
+        """See `Backbone.adapted`; also the position embedding of another square grid of patches."""
+        if name != "pos_embed":
+            return super().adapted(name, tensor)
+        num_prefix = 0 if self.config.no_embed_class else self.num_prefix_tokens
+        side = math.isqrt(tensor.shape[1] - num_prefix)
+        if side * side != tensor.shape[1] - num_prefix:
+            return None
+        return resize_positions(tensor, (side, side), (self.config.mask_side, self.config.mask_side), num_prefix)
 
     def init_weights_(self, generator: torch.Generator) -> None:
         """Draws fresh weights: the reference's (DINOv2's), each parameter in the order of the table."""
@@ -264,7 +314,7 @@ class ElasticViT(Backbone):
                     parameter.normal_(std=1e-6, generator=generator)
                 elif name == "mask_token" or name.endswith("bias"):
                     parameter.zero_()
-                elif name.endswith("gamma"):
+                elif name.split(".")[-1].startswith("gamma"):
                     parameter.fill_(self.config.init_values or 1.0)
                 elif "norm" in name:
                     parameter.fill_(1.0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from poa.config import ViTConfig
-from poa.elastic import Cut, Layout, SearchSpace, Stage, Subnet, elastic, fixed
+from poa.elastic import Axis, Cut, Layout, SearchSpace, Stage, Subnet, elastic, fixed
 
 
 def vit_space(config: ViTConfig) -> SearchSpace:
@@ -13,52 +14,89 @@ def vit_space(config: ViTConfig) -> SearchSpace:
     return SearchSpace(config.widths, (config.depths,), config.draw_emphasis, config.draw_emphasis)
 
 
-def block_cuts(width: int, mlp_ratio: int, layer_scale: bool) -> dict[str, Cut]:
-    """The parameters of one block by timm's names; `width` is the intact network's."""
-    channels = elastic(width, width)
-    stacked = elastic(3 * width, width, num_groups=3)
-    hidden = elastic(mlp_ratio * width, width)
-    scales = {"ls1.gamma": Cut((channels,)), "ls2.gamma": Cut((channels,))} if layer_scale else {}
+def block_cuts(config: ViTConfig, block: int) -> dict[str, Cut]:
+    """The parameters of one block by timm's names: VisionTransformer's, with position rope Eva's."""
+    width = config.widths[-1]
+    channels = elastic(width, width, "stream")
+    heads = elastic(width, width, f"blocks.{block}.heads", unit=config.head_dim)
+    hidden = elastic(config.hidden_channels, width, f"blocks.{block}.hidden")
+    scales = ("gamma_1", "gamma_2") if config.position == "rope" else ("ls1.gamma", "ls2.gamma")
     return {
         "norm1.weight": Cut((channels,)),
         "norm1.bias": Cut((channels,)),
-        "attn.qkv.weight": Cut((stacked, channels), fan_in=1),
-        "attn.qkv.bias": Cut((stacked,)),
-        "attn.proj.weight": Cut((channels, channels), fan_in=1),
-        "attn.proj.bias": Cut((channels,)),
+        **_attention_cuts(config, channels, heads),
         "norm2.weight": Cut((channels,)),
         "norm2.bias": Cut((channels,)),
-        "mlp.fc1.weight": Cut((hidden, channels), fan_in=1),
-        "mlp.fc1.bias": Cut((hidden,)),
-        "mlp.fc2.weight": Cut((channels, hidden), fan_in=1),
-        "mlp.fc2.bias": Cut((channels,)),
-        **scales,
+        **_mlp_cuts(config, channels, hidden),
+        **({name: Cut((channels,)) for name in scales} if config.init_values is not None else {}),
     }
+
+
+def _attention_cuts(config: ViTConfig, channels: Axis, heads: Axis) -> dict[str, Cut]:
+    stacked = replace(heads, size=3 * heads.size, num_groups=3)
+    if not config.qkv_bias:
+        biases = {}
+    elif config.position == "rope":
+        biases = {"attn.q_bias": Cut((heads,)), "attn.v_bias": Cut((heads,))}
+    else:
+        biases = {"attn.qkv.bias": Cut((stacked,))}
+    return {
+        "attn.qkv.weight": Cut((stacked, channels), fan_in=1),
+        **biases,
+        "attn.proj.weight": Cut((channels, heads), fan_in=1),
+        "attn.proj.bias": Cut((channels,)),
+    }
+
+
+def _mlp_cuts(config: ViTConfig, channels: Axis, hidden: Axis) -> dict[str, Cut]:
+    first = {
+        "gelu": {"fc1": hidden},
+        "swiglu_packed": {"fc1": replace(hidden, size=2 * hidden.size, num_groups=2)},
+        "swiglu": {"fc1_g": hidden, "fc1_x": hidden},
+    }[config.mlp]
+    cuts = {}
+    for name, outputs in first.items():
+        cuts[f"mlp.{name}.weight"] = Cut((outputs, channels), fan_in=1)
+        cuts[f"mlp.{name}.bias"] = Cut((outputs,))
+    return {**cuts, "mlp.fc2.weight": Cut((channels, hidden), fan_in=1), "mlp.fc2.bias": Cut((channels,))}
+
+
+def hidden_channels(config: ViTConfig, width: int) -> int:
+    """Hidden channels of a block's MLP in a sub-network of that width."""
+    return block_cuts(config, 0)["mlp.fc2.weight"].shape(width)[1]
+
+
+def mlp_ratio_of(hidden: int, width: int) -> float:
+    """The ratio from which timm computes exactly that many hidden channels, as ⌊width · ratio⌋."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
 def vit_layout(config: ViTConfig) -> Layout:
     """The table of that super-network."""
     width = config.widths[-1]
     depth = config.depths[-1]
-    channels = elastic(width, width)
+    channels = elastic(width, width, "stream")
     patch = fixed(config.patch_size)
     num_prefix = 1 + config.num_reg_tokens
     num_positions = num_patches(config) + (0 if config.no_embed_class else num_prefix)
     registers = {"reg_token": Cut((fixed(1), fixed(config.num_reg_tokens), channels))}
-    block = block_cuts(width, config.mlp_ratio, config.init_values is not None)
+    positions = {"pos_embed": Cut((fixed(1), fixed(num_positions), channels))}
+    blocks = {f"blocks.{i}.{name}": cut for i in range(depth) for name, cut in block_cuts(config, i).items()}
     return Layout(
         cuts={
             "cls_token": Cut((fixed(1), fixed(1), channels)),
             **(registers if config.num_reg_tokens else {}),
-            "pos_embed": Cut((fixed(1), fixed(num_positions), channels)),
+            **(positions if config.position == "learned" else {}),
             "mask_token": Cut((fixed(1), channels)),
             "patch_embed.proj.weight": Cut((channels, fixed(config.num_channels), patch, patch)),
             "patch_embed.proj.bias": Cut((channels,)),
-            **{f"blocks.{index}.{name}": cut for index in range(depth) for name, cut in block.items()},
+            **blocks,
             "norm.weight": Cut((channels,)),
             "norm.bias": Cut((channels,)),
         },
         stages=(Stage("blocks", depth),),
+        features=channels,
         training_only=frozenset({"mask_token"}),
     )
 

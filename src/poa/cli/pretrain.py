@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import tyro
 
 from poa.config import PretrainConfig, from_dict, load_recipe, load_yaml, recipe_names, to_dict
 from poa.config.files import merged
-from poa.errors import ConfigError
+from poa.errors import ConfigError, PoaWarning
 
 DEFAULT_RECIPE = "vit-s16"
 
@@ -61,17 +62,19 @@ def parse(arguments: Sequence[str]) -> tuple[PretrainConfig, Path]:
     first.add_argument("--out", type=Path)
     first.add_argument("--recipe")
     first.add_argument("--config", type=Path)
+    first.add_argument("--init", "--init.source", dest="init", default="")
     try:
         known, _ = first.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}.") from error
-    base = _base(known.out, known.recipe, known.config)
+    base = _base(known.out, known.recipe, known.config, known.init)
     out = known.out if known.out is not None else tyro.MISSING
     command = tyro.cli(
         Pretrain,
         prog="poa pretrain",
         args=list(arguments),
         default=Pretrain(out, known.recipe, known.config, base),
+        config=(tyro.conf.AvoidSubcommands,),
         description=f"{Pretrain.__doc__}\n\nRecipes: {', '.join(recipe_names())}.",
     )
     if not command.options.data.source:
@@ -79,7 +82,7 @@ def parse(arguments: Sequence[str]) -> tuple[PretrainConfig, Path]:
     return command.options, command.out
 
 
-def _base(out: Path | None, recipe: str | None, file: Path | None) -> PretrainConfig:
+def _base(out: Path | None, recipe: str | None, file: Path | None, init: str) -> PretrainConfig:
     if out is not None and recipe is None and file is None:
         from poa.train.run_directory import RunDirectory
 
@@ -87,6 +90,27 @@ def _base(out: Path | None, recipe: str | None, file: Path | None) -> PretrainCo
         if saved is not None:
             return saved
     base = load_recipe(recipe or DEFAULT_RECIPE)
-    if file is None:
-        return base
-    return from_dict(PretrainConfig, merged(to_dict(base), load_yaml(file)), str(file))
+    over = {} if file is None else load_yaml(file)
+    spec = init or (over.get("init") or {}).get("source", "")
+    if spec:
+        base = _grown_from(base, spec)
+    return from_dict(PretrainConfig, merged(to_dict(base), over), str(file)) if over else base
+
+
+def _grown_from(base: PretrainConfig, spec: str) -> PretrainConfig:
+    """The recipe with the model of the weights that it starts from; sizes of crops are fitted to its patches."""
+    from poa.pretrained import model_config_of
+
+    model = model_config_of(spec, base.model)
+    if model is None:
+        return replace(base, init=replace(base.init, source=spec))
+    multiple, local = model.crop_multiple, base.augment.local_size
+    fitted = max(multiple, round(local / multiple) * multiple)
+    for name, old, new in (
+        ("model.image_size", base.model.image_size, model.image_size),
+        ("augment.local_size", local, fitted),
+    ):
+        if old != new:
+            warnings.warn(f"{name} is {new} instead of the recipe's {old}, to fit {spec}.", PoaWarning, stacklevel=2)
+    augment = replace(base.augment, local_size=fitted)
+    return replace(base, model=model, augment=augment, init=replace(base.init, source=spec))

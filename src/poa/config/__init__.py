@@ -1,23 +1,35 @@
 """Configuration: frozen dataclasses, one per component, validated when they are made."""
 
 from poa.config.augment import AugmentConfig, MaskConfig
+from poa.config.convnext import ConvNeXtConfig
 from poa.config.data import DataConfig
 from poa.config.files import from_dict, load_recipe, load_yaml, recipe_names, to_dict, to_yaml
-from poa.config.model import HeadsConfig, ViTConfig
+from poa.config.heads import HeadsConfig
+from poa.config.init import InitConfig
+from poa.config.model import MODEL_CONFIGS, ModelConfig
 from poa.config.objective import ObjectiveConfig
 from poa.config.optim import OptimConfig
 from poa.config.pretrain import MonitorConfig, PretrainConfig, RuntimeConfig, TrainConfig
+from poa.config.resnet import ResNetConfig
+from poa.config.swin import SwinConfig
+from poa.config.vit import ViTConfig
 
 __all__ = [
+    "MODEL_CONFIGS",
     "AugmentConfig",
+    "ConvNeXtConfig",
     "DataConfig",
     "HeadsConfig",
+    "InitConfig",
     "MaskConfig",
+    "ModelConfig",
     "MonitorConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "PretrainConfig",
+    "ResNetConfig",
     "RuntimeConfig",
+    "SwinConfig",
     "TrainConfig",
     "ViTConfig",
     "from_dict",

@@ -37,3 +37,13 @@ def require_positive(name: str, value: float) -> None:
 def require_non_negative(name: str, value: float) -> None:
     """Raises `ConfigError` unless value is finite and ≥ 0."""
     require(value >= 0 and math.isfinite(value), name, value, "a finite number, 0 or more")
+
+
+def require_rising(name: str, values: Sequence[int]) -> None:
+    """Raises `ConfigError` unless the values are positive, in rising order and none twice."""
+    require(
+        bool(values) and list(values) == sorted(set(values)) and values[0] > 0,
+        name,
+        tuple(values),
+        "positive numbers in rising order, none twice",
+    )

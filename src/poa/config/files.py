@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import dacite
 import yaml
 
+from poa.config.model import MODEL_CONFIGS
 from poa.config.pretrain import PretrainConfig
 from poa.errors import ConfigError
 
@@ -42,9 +43,18 @@ def from_dict(kind: type[ConfigT], values: Mapping[str, Any], origin: str) -> Co
         ConfigError: a key is unknown (the nearest valid key is named), a value has the wrong type or is out
             of range.
     """
-    prepared = _prepared(kind, values, origin, prefix="")
+    return from_section(kind, values, origin, prefix="")
+
+
+def from_section(kind: type[ConfigT], values: Mapping[str, Any], origin: str, prefix: str) -> ConfigT:
+    """As `from_dict`; `prefix` is the section's name with a dot, for messages."""
+    prepared = _prepared(kind, values, origin, prefix)
     try:
         return dacite.from_dict(kind, prepared, dacite.Config(strict=True))
+    except dacite.exceptions.DaciteFieldError as error:
+        if prefix:
+            error.update_path(prefix.removesuffix("."))
+        raise ConfigError(f"{origin}: {error}.") from error
     except dacite.exceptions.DaciteError as error:
         raise ConfigError(f"{origin}: {error}.") from error
 
@@ -88,11 +98,17 @@ def load_recipe(name: str) -> PretrainConfig:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over` laid over it, section by section."""
+    """`base` with the values of `over` laid over it, section by section.
+
+    A section of another architecture replaces the one below it whole.
+    """
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and _same_architecture(below, value):
+            result[key] = merged(below, value)
+        else:
+            result[key] = value
     return result
 
 
@@ -108,6 +124,11 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
     return found
 
 
+def _same_architecture(below: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    named: object = below.get("architecture")
+    return bool(value.get("architecture", named) == named)
+
+
 def _prepared(kind: type[Any], values: Mapping[str, Any], origin: str, prefix: str) -> dict[str, Any]:
     """The values with numbers and lists as their fields want them; refuses unknown keys and what does not convert."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -121,13 +142,25 @@ def _prepared(kind: type[Any], values: Mapping[str, Any], origin: str, prefix: s
         if dataclasses.is_dataclass(factory) and isinstance(factory, type):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{origin}: {prefix}{key} must be a section of options; got {value!r}.")
-            result[key] = _prepared(factory, value, origin, f"{prefix}{key}.")
+            section = _model_section(value, origin) if key == "model" else factory
+            result[key] = from_section(section, value, origin, f"{prefix}{key}.")
         else:
             try:
                 result[key] = _converted(value, hints[key])
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"{origin}: {prefix}{key} cannot be {value!r}: {error}.") from error
     return result
+
+
+def _model_section(values: Mapping[str, Any], origin: str) -> type[Any]:
+    """The configuration's class for the architecture that the section names; a ViT's where it names none."""
+    name = values.get("architecture", "vit")
+    if name not in MODEL_CONFIGS:
+        hint = _nearest(str(name), list(MODEL_CONFIGS))
+        raise ConfigError(
+            f"{origin}: there is no model.architecture {name!r}{hint} Architectures: {', '.join(MODEL_CONFIGS)}."
+        )
+    return MODEL_CONFIGS[name]
 
 
 def _converted(value: Any, hint: Any) -> Any:  # noqa: ANN401 (whatever YAML holds)

@@ -8,9 +8,12 @@ from typing import Literal
 from poa.config.augment import AugmentConfig, MaskConfig
 from poa.config.checks import require, require_non_negative, require_positive
 from poa.config.data import DataConfig
-from poa.config.model import HeadsConfig, ViTConfig
+from poa.config.heads import HeadsConfig
+from poa.config.init import InitConfig
+from poa.config.model import ModelConfig
 from poa.config.objective import ObjectiveConfig
 from poa.config.optim import OptimConfig
+from poa.config.vit import ViTConfig
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class PretrainConfig:
     """Everything that a pre-training run is made from."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: ViTConfig = field(default_factory=ViTConfig)
+    model: ModelConfig = field(default_factory=ViTConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -96,12 +100,12 @@ class PretrainConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        patch = self.model.patch_size
+        multiple = self.model.crop_multiple
         local = self.augment.local_size
-        if self.augment.num_local_crops and local % patch:
-            nearest = max(patch, round(local / patch) * patch)
-            raise_for = f"a multiple of model.patch_size {patch}, for example {nearest}"
-            require(False, "augment.local_size", local, raise_for)
+        if self.augment.num_local_crops and local % multiple:
+            nearest = max(multiple, round(local / multiple) * multiple)
+            expected = f"a multiple of model.patch_size {multiple}, for example {nearest}"
+            require(False, "augment.local_size", local, expected)
         channels = self.model.num_channels
         require(
             len(self.augment.mean) in (1, channels),

@@ -62,8 +62,7 @@ class MultiCropBatches(Dataset[Batch]):
         self.source = source
         self.plan = plan
         self.mask_config = config.mask
-        side = config.model.image_size // config.model.patch_size
-        self.grid = (side, side)
+        self.grid = (config.model.mask_side, config.model.mask_side)
         self._crops = MultiCrop(config.augment, config.model.image_size, config.model.num_channels)
 
     def __getitem__(self, micro_step: int) -> Batch:

@@ -33,10 +33,36 @@ class ElasticLinear(nn.Module):
         return F.linear(x, self.weight_cut.apply(self.weight, width), bias)
 
 
+class ElasticConv2d(nn.Module):
+    """A two-dimensional convolution whose inputs and outputs shrink with the width.
+
+    The factor for fewer inputs is part of the weight's cut. A depthwise one has as many groups as active channels.
+    """
+
+    def __init__(
+        self, weight: Cut, bias: Cut | None = None, *, stride: int = 1, padding: int = 0, depthwise: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight_cut = weight
+        self.bias_cut = bias
+        self.stride = stride
+        self.padding = padding
+        self.depthwise = depthwise
+        self.weight = nn.Parameter(torch.empty(weight.full_shape))
+        self.bias = None if bias is None else nn.Parameter(torch.empty(bias.full_shape))
+
+    def forward(self, x: Float[Tensor, "B inputs _ _"], width: int) -> Float[Tensor, "B outputs _ _"]:
+        """The layer's output at that width."""
+        weight = self.weight_cut.apply(self.weight, width)
+        bias = None if self.bias is None or self.bias_cut is None else self.bias_cut.apply(self.bias, width)
+        groups = weight.shape[0] if self.depthwise else 1
+        return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding, groups=groups)
+
+
 class ElasticLayerNorm(nn.Module):
     """Layer normalisation over the active channels."""
 
-    def __init__(self, cut: Cut, eps: float) -> None:
+    def __init__(self, cut: Cut, eps: float = 1e-6) -> None:
         super().__init__()
         self.cut = cut
         self.eps = eps
@@ -47,6 +73,31 @@ class ElasticLayerNorm(nn.Module):
         """`x` normalised over its last axis."""
         weight = self.cut.apply(self.weight, width)
         return F.layer_norm(x, weight.shape, weight, self.cut.apply(self.bias, width), self.eps)
+
+
+class ElasticLayerNorm2d(ElasticLayerNorm):
+    """Layer normalisation over the active channels of each place of a map."""
+
+    def forward(self, x: Float[Tensor, "B channels h w"], width: int) -> Float[Tensor, "B channels h w"]:
+        """`x` normalised over its second axis."""
+        return super().forward(x.permute(0, 2, 3, 1), width).permute(0, 3, 1, 2)
+
+
+class ElasticGroupNorm(nn.Module):
+    """Group normalisation over the active channels, in the same number of groups at every width."""
+
+    def __init__(self, cut: Cut, num_groups: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.cut = cut
+        self.num_groups = num_groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(cut.full_shape))
+        self.bias = nn.Parameter(torch.empty(cut.full_shape))
+
+    def forward(self, x: Float[Tensor, "B channels h w"], width: int) -> Float[Tensor, "B channels h w"]:
+        """`x` normalised within each group of channels."""
+        weight, bias = self.cut.apply(self.weight, width), self.cut.apply(self.bias, width)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class ElasticLayerScale(nn.Module):

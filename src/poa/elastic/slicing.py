@@ -10,7 +10,7 @@ No torch is imported here: the tables can be read and counted without it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,15 +29,22 @@ class Axis:
         max_width: the intact network's width if this axis shrinks in proportion to the width, else None.
         num_groups: the axis consists of this many equal blocks, each cut to its own leading part
             (3 for the stacked q, k and v).
+        channels: a name for what runs along this axis. All axes of one name may be put into another order
+            together without changing what the intact network computes; None where no order is free.
+        unit: neighbours that stay together in such an order (the channels of an attention head).
     """
 
     size: int
     max_width: int | None = None
     num_groups: int = 1
+    channels: str | None = None
+    unit: int = 1
 
     def active(self, width: int) -> int:
-        """The length of this axis in a sub-network of that width."""
-        return self.size if self.max_width is None else self.size * width // self.max_width
+        """The length of this axis in a sub-network of that width, rounded down within each of its blocks."""
+        if self.max_width is None:
+            return self.size
+        return self.num_groups * (self.size // self.num_groups * width // self.max_width)
 
 
 def fixed(size: int) -> Axis:
@@ -45,9 +52,9 @@ def fixed(size: int) -> Axis:
     return Axis(size)
 
 
-def elastic(size: int, max_width: int, num_groups: int = 1) -> Axis:
+def elastic(size: int, max_width: int, channels: str | None = None, *, num_groups: int = 1, unit: int = 1) -> Axis:
     """An axis of which a sub-network owns the leading part, in proportion to its width."""
-    return Axis(size, max_width, num_groups)
+    return Axis(size, max_width, num_groups, channels, unit)
 
 
 @dataclass(frozen=True)
@@ -112,10 +119,16 @@ class Stage:
     Attributes:
         prefix: of the blocks' names in the state dict; block i is `{prefix}.{i}`.
         num_blocks: blocks of the intact network.
+        rule: (blocks of the intact network, depth) → the blocks that a sub-network of that depth keeps.
     """
 
     prefix: str
     num_blocks: int
+    rule: Callable[[int, int], tuple[int, ...]] = field(default_factory=lambda: kept_blocks)
+
+    def kept(self, depth: int) -> tuple[int, ...]:
+        """The blocks that a sub-network of that depth keeps, in rising order."""
+        return self.rule(self.num_blocks, depth)
 
 
 @dataclass(frozen=True)
@@ -125,11 +138,13 @@ class Layout:
     Attributes:
         cuts: for each name in the state dict how it is cut.
         stages: the stages of elastic depth, in the order of `Subnet.depths`.
+        features: the channels of the class and patch vectors.
         training_only: names that an extracted network does not have (the mask token).
     """
 
     cuts: Mapping[str, Cut]
     stages: tuple[Stage, ...]
+    features: Axis
     training_only: frozenset[str] = field(default_factory=frozenset)
 
     def owned(self, subnet: Subnet) -> Iterator[tuple[str, str, Cut]]:
@@ -137,7 +152,7 @@ class Layout:
         renumbered = {
             f"{stage.prefix}.{block}": f"{stage.prefix}.{index}"
             for stage, depth in zip(self.stages, subnet.depths, strict=True)
-            for index, block in enumerate(kept_blocks(stage.num_blocks, depth))
+            for index, block in enumerate(stage.kept(depth))
         }
         for name, cut in self.cuts.items():
             if name in self.training_only:

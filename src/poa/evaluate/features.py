@@ -113,7 +113,9 @@ def extract_features(
     images_there = _Images(source, positions, how)
     loader = DataLoader(images_there, loading.batch_size, num_workers=loading.num_workers, collate_fn=list)
     with ExitStack() as stack:
-        arrays = _allocate(stack, len(positions), subnets)
+        arrays = _allocate(
+            stack, len(positions), {each: backbone.layout.features.active(each.width) for each in subnets}
+        )
         good: list[int] = []
         skipped: list[SkippedImage] = []
         done = 0
@@ -145,8 +147,8 @@ def _check_share(source: ImageSource, skipped: list[SkippedImage], num_images: i
         )
 
 
-def _allocate(stack: ExitStack, num_images: int, subnets: Sequence[Subnet]) -> dict[Subnet, np.ndarray]:
-    shapes = {subnet: (num_images, subnet.width) for subnet in subnets}
+def _allocate(stack: ExitStack, num_images: int, num_features: dict[Subnet, int]) -> dict[Subnet, np.ndarray]:
+    shapes = {subnet: (num_images, size) for subnet, size in num_features.items()}
     if sum(4 * n * c for n, c in shapes.values()) <= MEMORY_BUDGET:
         return {subnet: np.empty(shape, np.float32) for subnet, shape in shapes.items()}
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poa-features-")))

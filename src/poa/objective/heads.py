@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from poa.config import HeadsConfig
-from poa.elastic import Cut, elastic, fixed
+from poa.elastic import Axis, Cut, fixed
 from poa.elastic.layers import ElasticLinear
 
 
@@ -32,10 +32,10 @@ class ProjectionHead(nn.Module):
     Only the first layer's input is elastic: it takes the leading channels with POA's factor for fewer inputs.
     """
 
-    def __init__(self, max_width: int, config: HeadsConfig, num_prototypes: int) -> None:
+    def __init__(self, features: Axis, config: HeadsConfig, num_prototypes: int) -> None:
         super().__init__()
         hidden, bottleneck = config.hidden_dim, config.bottleneck_dim
-        weight = Cut((fixed(hidden), elastic(max_width, max_width)), fan_in=1)
+        weight = Cut((fixed(hidden), features), fan_in=1)
         self.fc1 = ElasticLinear(weight, Cut((fixed(hidden),)))
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, bottleneck)
@@ -50,11 +50,11 @@ class ProjectionHead(nn.Module):
 
 
 class ProjectionHeads(nn.Module):
-    """All heads; class vectors and patch vectors go through the same ones."""
+    """All heads; class vectors and patch vectors, whose channels are `features`, go through the same ones."""
 
-    def __init__(self, max_width: int, config: HeadsConfig) -> None:
+    def __init__(self, features: Axis, config: HeadsConfig) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(ProjectionHead(max_width, config, count) for count in config.num_prototypes)
+        self.heads = nn.ModuleList(ProjectionHead(features, config, count) for count in config.num_prototypes)
 
     def forward(self, x: Float[Tensor, "R C"], width: int) -> list[Float[Tensor, "R K"]]:
         """The logits of every head."""

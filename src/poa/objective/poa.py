@@ -100,7 +100,7 @@ class PoaModel(nn.Module):
 
     def __init__(self, backbone: Backbone, heads: HeadsConfig, objective: ObjectiveConfig) -> None:
         super().__init__()
-        self.student = Branch(backbone, ProjectionHeads(backbone.space.intact.width, heads))
+        self.student = Branch(backbone, ProjectionHeads(backbone.layout.features, heads))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.targets = Targets(objective, heads.num_prototypes)
 
@@ -108,6 +108,10 @@ class PoaModel(nn.Module):
         """Draws fresh student weights; the teacher starts as its copy."""
         self.student.backbone.init_weights_(generator)
         self.student.heads.init_weights_(generator)
+        self.restart_teacher_()
+
+    def restart_teacher_(self) -> None:
+        """Makes the teacher a copy of the student."""
         self.teacher.load_state_dict(self.student.state_dict(), strict=True)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from poa.data import BadImageLog, Batch, EpochPlan, ImageSource, MultiCropBatche
 from poa.errors import TrainingError
 from poa.family import Family, FamilyCard
 from poa.objective import PoaModel
+from poa.pretrained import start_from_
 from poa.randomness import derived_seed
 from poa.runtime import Runtime, resolve_runtime
 from poa.train.checkpoint import CheckpointStore, pack_state, unpack_state_
@@ -65,29 +66,46 @@ def pretrain(config: PretrainConfig, out: str | Path, reporter: Reporter | None 
     runtime = resolve_runtime(config.runtime)
     source = open_source(config.data.source, config.data, config.model.num_channels)
     plan = EpochPlan(len(source), config.train.batch_size, config.optim.accumulate, config.train.seed)
-    trainer = build_trainer(config, plan.steps_per_epoch, runtime)
+    trainer = build_trainer(config, plan.steps_per_epoch, runtime, None if run.has_checkpoint() else source)
     run.begin(config, source, runtime)
+    if trainer.start is not None:
+        run.record_start(trainer.start)
+        (reporter or Reporter()).message(f"Started from {config.init.source}: {trainer.start.tensors}.")
     with Interrupt() as interrupt:
         done = Loop(trainer, run, source, plan, reporter or Reporter()).run(interrupt)
     num_steps = trainer.schedules.num_steps
     if done < num_steps:
         return RunResult(done, num_steps, None, interrupt.signal)
     if not run.family.exists():
-        _finished_family(trainer, source).save(run.family)
+        _finished_family(trainer, source, run).save(run.family)
     return RunResult(done, num_steps, run.family, None)
 
 
-def build_trainer(config: PretrainConfig, steps_per_epoch: int, runtime: Runtime) -> Trainer:
-    """A trainer with fresh weights, a pure function of the configuration's seed."""
+def build_trainer(
+    config: PretrainConfig, steps_per_epoch: int, runtime: Runtime, images: ImageSource | None = None
+) -> Trainer:
+    """A trainer with fresh weights, a pure function of the configuration's seed; or with those of `config.init`.
+
+    Args:
+        config: the run.
+        steps_per_epoch: optimiser steps per epoch.
+        runtime: where it computes.
+        images: where the run starts from public weights, the images that say which of their channels matter. Without
+            them the weights are fresh: for a run that goes on from a checkpoint.
+    """
     backbone = architecture(config.model).build(config.model)
     model = PoaModel(backbone, config.heads, config.objective)
     model.init_weights_(torch.Generator().manual_seed(derived_seed(config.train.seed, "weights")))
     model.to(runtime.device)
+    start = None
+    if config.init.source and images is not None:
+        start = start_from_(model.student.backbone, config, images)
+        model.restart_teacher_()
     if runtime.compile:
         model.student.backbone.compile_blocks_()
         model.teacher.backbone.compile_blocks_()
     optimizer = make_optimizer(model.student, config.optim)
-    return Trainer(config, model, optimizer, make_schedules(config, steps_per_epoch), runtime)
+    return Trainer(config, model, optimizer, make_schedules(config, steps_per_epoch), runtime, start)
 
 
 class Loop:
@@ -200,7 +218,7 @@ class Loop:
         }
 
 
-def _finished_family(trainer: Trainer, source: ImageSource) -> Family:
+def _finished_family(trainer: Trainer, source: ImageSource, run: RunDirectory) -> Family:
     config = trainer.config
     provenance: dict[str, Any] = {
         "method": "POA (Zhang et al., ECCV 2024), weights of the teacher",
@@ -212,6 +230,7 @@ def _finished_family(trainer: Trainer, source: ImageSource) -> Family:
         "batch_size": config.train.batch_size,
         "seed": config.train.seed,
         "runtime": trainer.runtime.describe(),
+        **run.recorded_start(),
     }
     card = FamilyCard(architecture(config.model), config.model, preprocessing_of(config), provenance=provenance)
     return Family(card, trainer.model.teacher.backbone)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,28 +17,31 @@ class Multipliers(NamedTuple):
 
     lr: float
     weight_decay: float
-    is_last_layer: bool
+    rate: Literal["lr", "last_layer_lr", "backbone_lr"]
+    """Which of the schedules' learning rates it follows."""
 
 
 def parameter_multipliers(student: Branch, optim: OptimConfig) -> dict[str, Multipliers]:
     """The multipliers of every parameter of the student.
 
     A backbone parameter of layer i (`Backbone.layer_of`) learns at layer_decay^(top − i), the patch embedding at a
-    further `patch_embed_lr_scale`; heads at 1. Biases, norms and LayerScale have no weight decay. The heads' last
-    layers are marked: they are frozen at first.
+    further `patch_embed_lr_scale`; heads at 1. Parameters of one axis (biases, norms, LayerScale) have no weight decay.
+    The heads' last layers and, when it starts from public weights, the backbone are frozen at first.
     """
     backbone = student.backbone
     top = backbone.num_layers() - 1
     found = {}
-    for name, _ in student.named_parameters():
+    for name, parameter in student.named_parameters():
         lr = 1.0
+        rate: Literal["lr", "last_layer_lr", "backbone_lr"] = "last_layer_lr" if ".last_layer." in name else "lr"
         if name.startswith("backbone."):
+            rate = "backbone_lr"
             inner = name.removeprefix("backbone.")
             lr = optim.layer_decay ** (top - backbone.layer_of(inner))
-            if inner.startswith("patch_embed."):
+            if backbone.embedding is not None and inner.startswith(backbone.embedding):
                 lr *= optim.patch_embed_lr_scale
-        decays = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-        found[name] = Multipliers(lr, float(decays), ".last_layer." in name)
+        decays = parameter.ndim > 1
+        found[name] = Multipliers(lr, float(decays), rate)
     return found
 
 
@@ -58,7 +61,7 @@ def set_step_values_(optimizer: torch.optim.Optimizer, values: StepValues) -> No
     """Gives every group of the optimiser the step's learning rate and weight decay, in place."""
     for group in optimizer.param_groups:
         key: Multipliers = group["multipliers"]
-        group["lr"] = (values.last_layer_lr if key.is_last_layer else values.lr) * key.lr
+        group["lr"] = getattr(values, key.rate) * key.lr
         group["weight_decay"] = values.weight_decay * key.weight_decay
 
 

@@ -16,11 +16,13 @@ from poa.config.files import differences
 from poa.data import ImageSource
 from poa.errors import CheckpointError, ConfigError, DataError
 from poa.files import write_json, write_text
+from poa.pretrained import StartReport
 from poa.runtime import Runtime
 from poa.version import __version__
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
+START_FILE = "start.json"
 
 FREE_OPTIONS = (
     "runtime.",
@@ -104,6 +106,33 @@ class RunDirectory:
             write_json(self.path / ENVIRONMENT_FILE, {"data": data, "starts": [*starts, _environment(runtime)]})
         except OSError as error:
             raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from error
+
+    def has_checkpoint(self) -> bool:
+        """Whether a run here has got as far as a checkpoint."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    def record_start(self, report: StartReport) -> None:
+        """Writes how the run started from public weights.
+
+        Raises:
+            CheckpointError: the directory cannot be written.
+        """
+        value = {
+            **report.provenance,
+            "relative_difference": report.relative_difference,
+            "tensors": to_dict(report.tensors),
+            "num_reordered_groups": report.num_reordered_groups,
+            "feature_order": list(report.feature_order),
+        }
+        try:
+            write_json(self.path / START_FILE, value)
+        except OSError as error:
+            raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from error
+
+    def recorded_start(self) -> dict[str, Any]:
+        """`{"init": …}` of a run that started from public weights, else nothing: for the family's provenance."""
+        file = self.path / START_FILE
+        return {"init": json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
 
     def _earlier_starts(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         file = self.path / ENVIRONMENT_FILE

@@ -62,6 +62,9 @@ class StepValues(NamedTuple):
 
     lr: float
     last_layer_lr: float
+    """Of the heads' last layers: 0 while they are frozen."""
+    backbone_lr: float
+    """Of the backbone: 0 while it is frozen."""
     weight_decay: float
     ema_momentum: float
     teacher_temp: float
@@ -76,6 +79,7 @@ class Schedules:
     num_steps: int
     num_warmup_steps: int
     num_frozen_steps: int
+    num_frozen_backbone_steps: int
     mask_start_step: int
     lr_schedule: Schedule
     weight_decay_schedule: Schedule
@@ -88,6 +92,7 @@ class Schedules:
         return StepValues(
             lr=lr,
             last_layer_lr=0.0 if step < self.num_frozen_steps else lr,
+            backbone_lr=0.0 if step < self.num_frozen_backbone_steps else lr,
             weight_decay=self.weight_decay_schedule(step),
             ema_momentum=self.ema_momentum_schedule(step),
             teacher_temp=self.teacher_temp_schedule(step),
@@ -118,6 +123,9 @@ def make_schedules(config: PretrainConfig, steps_per_epoch: int) -> Schedules:
         num_steps=num_steps,
         num_warmup_steps=warmup,
         num_frozen_steps=num_steps_of(optim.freeze_last_layer_epochs, steps_per_epoch),
+        num_frozen_backbone_steps=(
+            num_steps_of(config.init.freeze_epochs, steps_per_epoch) if config.init.source else 0
+        ),
         mask_start_step=_mask_start_step(objective, num_steps, steps_per_epoch),
         lr_schedule=WarmupCosine(0.0, peak, optim.final_lr, num_steps, warmup, stretch),
         weight_decay_schedule=WarmupCosine(*decay, num_steps, 0, stretch),

@@ -21,6 +21,7 @@ from poa.objective import (
     student_shares,
     student_terms,
 )
+from poa.pretrained import StartReport
 from poa.randomness import derived_seed
 from poa.runtime import Runtime
 from poa.train.optim import clip_gradients_, set_step_values_
@@ -36,6 +37,8 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     schedules: Schedules
     runtime: Runtime
+    start: StartReport | None = None
+    """How it started from public weights, if it just did."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,194 @@
+"""Where public weights come from: timm's models, directories in timm's format, families of poa, bare files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from poa.backbones.from_timm import config_from_timm
+from poa.config import ModelConfig
+from poa.errors import CheckpointError, ConfigError
+from poa.family import CARD_FILE, family_directory, file_sha256, load, read_card
+
+TIMM_PREFIX = "timm:"
+
+_DEPTH_FIELDS = ("depths", "stage2_depths", "stage3_depths")
+_MAX_WIDTHS = 9
+
+
+@dataclass(frozen=True)
+class PublicWeights:
+    """Weights to start from.
+
+    Attributes:
+        spec: what the user wrote.
+        state: the tensors by timm's names.
+        provenance: name, licence and origin, for the family's record.
+        config: the network that they are of, as a space of one sub-network; None for a bare file.
+        model: that network as timm's; None where there is none.
+    """
+
+    spec: str
+    state: Mapping[str, Tensor]
+    provenance: dict[str, Any]
+    config: ModelConfig | None = None
+    model: nn.Module | None = None
+
+
+def open_weights(spec: str) -> PublicWeights:
+    """The weights that `spec` names.
+
+    Args:
+        spec: `timm:NAME`, a directory in timm's format, a run or family of poa, or a `.safetensors` file with timm's
+            names.
+
+    Raises:
+        ConfigError: there is no such model, or poa has no architecture for it.
+        CheckpointError: there is nothing of that kind there, or it cannot be read or downloaded.
+    """
+    path = Path(spec)
+    if spec.startswith(TIMM_PREFIX):
+        return _from_timm(spec, _timm_name(spec), name=spec.removeprefix(TIMM_PREFIX))
+    if path.suffix == ".safetensors":
+        return _from_file(spec, path)
+    if _is_family(path):
+        family = load(path)
+        card = family.card
+        origin = {"name": f"poa family {card.space.intact}", "family": dict(card.provenance)}
+        origin["license"] = card.provenance.get("init", {}).get("license", "unknown")
+        config = _one_member(card.config)
+        return PublicWeights(spec, family.backbone.state_dict(), {"source": spec, **origin}, config)
+    return _from_timm(spec, _timm_directory(path), name=path.name)
+
+
+def model_config_of(spec: str, base: ModelConfig) -> ModelConfig | None:
+    """The super-network that grows from those weights, without reading them: its intact network is theirs.
+
+    The sub-networks go down to half of its width and half of its depth. Image size, channels of the images and
+    stochastic depth are those of `base`; the image size is moved to the nearest that the patches allow.
+
+    Returns:
+        None for a bare file, which does not say what it is of.
+
+    Raises:
+        ConfigError, CheckpointError: as `open_weights`.
+    """
+    path = Path(spec)
+    if path.suffix == ".safetensors" and not spec.startswith(TIMM_PREFIX):
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {path} to start from.")
+        return None
+    if not spec.startswith(TIMM_PREFIX) and _is_family(path):
+        config = read_card(path).config
+    else:
+        name = _timm_name(spec) if spec.startswith(TIMM_PREFIX) else _timm_directory(path)
+        config = _with_space(config_from_timm(_create(name, spec, pretrained=False)))
+    shared: dict[str, Any] = {"num_channels": base.num_channels}
+    if hasattr(config, "drop_path") and hasattr(base, "drop_path"):
+        shared["drop_path"] = base.drop_path
+    grown: ModelConfig = replace(config, image_size=_nearest_size(config, base.image_size), **shared)
+    return grown
+
+
+def _from_timm(spec: str, timm_name: str, name: str) -> PublicWeights:
+    model = _create(timm_name, spec, pretrained=True).eval()
+    described = getattr(model, "pretrained_cfg", None) or {}
+    origin = {
+        "name": name,
+        "license": described.get("license") or "unknown",
+        "hf_hub_id": described.get("hf_hub_id"),
+        "url": described.get("url") or described.get("origin_url"),
+    }
+    kept = {key: value for key, value in origin.items() if value}
+    return PublicWeights(spec, model.state_dict(), {"source": spec, **kept}, config_from_timm(model), model)
+
+
+def _from_file(spec: str, path: Path) -> PublicWeights:
+    try:
+        state = load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {path} to start from.") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+    origin = {"source": spec, "name": path.name, "license": "unknown", "sha256": file_sha256(path)}
+    return PublicWeights(spec, state, origin)
+
+
+def _timm_name(spec: str) -> str:
+    name = spec.removeprefix(TIMM_PREFIX)
+    if not timm.is_model(name.partition(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_pretrained(), n=3, cutoff=0.5)
+        hint = f" Nearest: {', '.join(close)}." if close else ""
+        raise ConfigError(f"timm has no model {name!r}.{hint} `timm.list_pretrained()` lists those with weights.")
+    return name
+
+
+def _timm_directory(path: Path) -> str:
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no {path} to start from. Give timm:NAME, a directory in timm's format, a family of poa, or a "
+            ".safetensors file."
+        )
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} holds no weights to start from: no config.json of timm, no {CARD_FILE} of poa.")
+    return f"local-dir:{path}"
+
+
+def _create(name: str, spec: str, *, pretrained: bool) -> nn.Module:
+    """The model as timm makes it; without weights it is empty (on the meta device)."""
+    try:
+        with torch.device("cpu" if pretrained else "meta"):
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:
+        hint = ""
+        if pretrained and spec.startswith(TIMM_PREFIX):
+            hint = " Without a network, download the model elsewhere and give its directory."
+        raise CheckpointError(f"timm cannot open {spec}: {type(error).__name__}: {error}.{hint}") from error
+    return model
+
+
+def _is_family(path: Path) -> bool:
+    try:
+        family_directory(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _one_member(config: ModelConfig) -> ModelConfig:
+    depths: dict[str, Any] = {name: getattr(config, name)[-1:] for name in _DEPTH_FIELDS if hasattr(config, name)}
+    return replace(config, widths=config.widths[-1:], **depths)
+
+
+def _with_space(config: ModelConfig) -> ModelConfig:
+    """The configuration of one network, widened to a space down to half of its width and half of its depth."""
+    unit = getattr(config, "head_dim", 0) or getattr(config, "num_groups", 0) or 8
+    units = config.widths[-1] // unit
+    step = -(-(units - units // 2) // (_MAX_WIDTHS - 1)) or 1
+    widths = sorted(units - step * index for index in range(_MAX_WIDTHS) if units - step * index >= max(1, units // 2))
+    depths: dict[str, Any] = {
+        name: tuple(range(max(1, getattr(config, name)[-1] // 2), getattr(config, name)[-1] + 1))
+        for name in _DEPTH_FIELDS
+        if hasattr(config, name)
+    }
+    return replace(config, widths=tuple(unit * count for count in widths), **depths)
+
+
+def _nearest_size(config: ModelConfig, wanted: int) -> int:
+    for distance in range(config.image_size + wanted):
+        for size in (wanted + distance, wanted - distance):
+            try:
+                config.require_image_size("model.image_size", size)
+            except ConfigError:
+                continue
+            return size
+    return config.image_size
