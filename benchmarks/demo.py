@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import statistics
 import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-from machine import processor
+from machine import describe_machine
 
 from poa.config import load_recipe
 from poa.data import open_source
@@ -27,7 +25,6 @@ from poa.demo import raw_pixel_accuracy
 from poa.evaluate import evaluate_knn
 from poa.family import load
 from poa.train import ConsoleReporter, pretrain
-from poa.version import __version__
 
 
 def accuracies(seed: int) -> dict[str, float]:
@@ -60,12 +57,7 @@ def main() -> int:
         result = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": "python benchmarks/demo.py " + " ".join(sys.argv[1:]),
-            "machine": {
-                "processor": processor(),
-                "platform": platform.platform(),
-                "torch": torch.__version__,
-                "poa": __version__,
-            },
+            "machine": describe_machine(),
             "seeds": arguments.seeds,
             "raw_pixels": raw,
             "knn": subnets,

@@ -1,5 +1,7 @@
 """Other devices, precisions and compiled blocks compute what the plain CPU path computes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from poa.data import EpochPlan, MultiCropBatches, open_source
 from poa.runtime import resolve_runtime
 from poa.train.loop import build_trainer
 from poa.train.step import train_step
+from tests.contract.configs import SMALLEST
 from tests.golden.reference import relative_error
 
 TINY = {
@@ -21,11 +24,18 @@ TINY = {
     "train": {"batch_size": 16},
 }
 
+MODELS = {
+    "vit": {},
+    "rope": {"head_dim": 8, "position": "rope", "mlp": "swiglu", "num_reg_tokens": 2},
+    **{name: to_dict(replace(SMALLEST[name], num_channels=1)) for name in ("swin", "resnet", "convnext")},
+}
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def steps(num, model=None, **runtime):
-    values = merged(merged(to_dict(load_recipe("digits")), TINY), {"model": model or {}})
+    model = model or {}
+    values = merged(merged(to_dict(load_recipe("digits")), TINY), {"model": model})
     config = from_dict(PretrainConfig, merged(values, {"runtime": {"num_workers": 0, **runtime}}), "test")
     source = open_source("digits", config.data, 1)
     plan = EpochPlan(len(source), 16, 1, 0)
@@ -51,26 +61,40 @@ def test_compiled_blocks_train_as_plain_blocks():
     assert_alike(compiled, steps(3, small, device="cpu", compile="off"), 1e-5, 1e-3)
 
 
-def test_bfloat16_autocast_stays_near_float32():
-    plain = steps(2, device="cpu", precision="float32")
-    assert_alike(steps(2, device="cpu", precision="bfloat16"), plain, 2e-2, 5e-2)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet", "convnext"])
+def test_compiled_blocks_of_convolutions_train_as_plain_blocks(name):
+    compiled = steps(2, MODELS[name], device="cpu", compile="on")
+    assert_alike(compiled, steps(2, MODELS[name], device="cpu", compile="off"), 1e-5, 1e-3)
 
 
-def test_under_autocast_the_residual_stream_stays_float32():
-    config = from_dict(PretrainConfig, merged(to_dict(load_recipe("digits")), TINY), "test")
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_bfloat16_autocast_stays_near_float32(name):
+    plain = steps(2, MODELS[name], device="cpu", precision="float32")
+    assert_alike(steps(2, MODELS[name], device="cpu", precision="bfloat16"), plain, 2e-2, 5e-2)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"resnet"}))
+def test_under_autocast_the_residual_stream_stays_float32(name):
+    values = merged(merged(to_dict(load_recipe("digits")), TINY), {"model": MODELS[name]})
+    config = from_dict(PretrainConfig, values, "test")
     backbone = architecture(config.model).build(config.model)
     backbone.init_weights_(torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        between = backbone.forward_intermediates(torch.randn(2, 1, 8, 8), backbone.space.intact)
+        between = backbone.forward_intermediates(
+            torch.randn(2, 1, config.model.image_size, config.model.image_size), backbone.space.intact
+        )
     assert {part.dtype for part in between} == {torch.float32}
 
 
 @needs_cuda
-def test_cuda_in_float32_trains_as_the_cpu():
-    plain = steps(4, device="cpu")
-    assert_alike(steps(4, device="cuda", precision="float32", compile="off"), plain, 1e-4, 1e-2)
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_cuda_in_float32_trains_as_the_cpu(name):
+    plain = steps(4, MODELS[name], device="cpu")
+    assert_alike(steps(4, MODELS[name], device="cuda", precision="float32", compile="off"), plain, 1e-4, 1e-2)
 
 
 @needs_cuda
-def test_cuda_in_bfloat16_with_compiled_blocks_stays_near_the_cpu():
-    assert_alike(steps(4, device="cuda"), steps(4, device="cpu"), 2e-2, 5e-2)
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_cuda_in_bfloat16_with_compiled_blocks_stays_near_the_cpu(name):
+    assert_alike(steps(4, MODELS[name], device="cuda"), steps(4, MODELS[name], device="cpu"), 2e-2, 5e-2)

@@ -113,12 +113,3 @@ def test_all_465_subnets_of_the_default_depths_equal_their_timm_models():
             owned = {target: state[source] for source, target, _ in backbone.layout.owned(subnet)}
             model.load_state_dict(owned, strict=True, assign=True)
             assert_same(backbone, subnet, model, batch)
-
-
-@pytest.mark.slow
-def test_subnets_of_real_shapes_equal_their_timm_models():
-    config = ResNetConfig()
-    family = make_family(config)
-    spread = [Subnet(width, depths) for width in (64, 96, 128) for depths in ((4, 6), (6, 17), (8, 36))]
-    for subnet in [*spread, Subnet(64, (8, 6))]:
-        assert_equals_timm(family, subnet, images(config, count=1))

@@ -118,17 +118,9 @@ def test_networks_of_the_default_space_are_exact(default_family, name):
 
 
 @pytest.mark.slow
-def test_all_networks_of_the_default_space_are_exact(default_family):
+def test_all_39_subnets_of_the_default_space_equal_their_timm_models(default_family):
     errors = {str(subnet): largest_error(default_family, subnet) for subnet in default_family.subnets}
     assert len(errors) == 39
-    assert max(errors.values()) < 1e-5, errors
-
-
-@pytest.mark.slow
-def test_networks_of_the_default_size_are_exact():
-    family = family_of(SwinConfig())
-    errors = {str(subnet): largest_error(family, subnet) for subnet in family.subnets[::4]}
-    assert len(errors) == 10
     assert max(errors.values()) < 1e-5, errors
 
 

@@ -93,10 +93,6 @@ class Backbone(nn.Module, ABC):
     def timm_features(self, model: nn.Module, images: Float[Tensor, "B c h w"]) -> Features:
         """What `forward` would give, read from an extracted timm model."""
 
-    def token_features(self, cls: Float[Tensor, "B C"], tokens: Float[Tensor, "B T C"]) -> Features:
-        """What `forward` would give, from a model that gives a class vector and all tokens of its last layer."""
-        return Features(cls, tokens[:, -(self.config.mask_side**2) :])
-
     def adapted(self, name: str, tensor: Tensor) -> Tensor | None:
         """A foreign network's parameter of another shape, fitted to ours of that name; None if there is no way.
 

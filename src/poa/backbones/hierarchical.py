@@ -84,7 +84,7 @@ class HierarchicalBackbone(Backbone):
                 module.compile(dynamic=False)
 
     def token_features(self, cls: Float[Tensor, "B C"], tokens: Float[Tensor, "B T C"]) -> Features:
-        """See `Backbone.token_features`; the tokens are the places of a square map."""
+        """What `forward` would give, from a model that gives a class vector and the places of a square last map."""
         side = math.isqrt(tokens.shape[1])
         return self._features(cls, tokens.transpose(1, 2).unflatten(2, (side, side)))
 

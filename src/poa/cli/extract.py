@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from poa.errors import SubnetError
 
+if TYPE_CHECKING:
+    from poa.family import Family, Verification
+
 
 @dataclass(frozen=True)
 class Extract:
-    """Cut one sub-network out of a family into a directory that timm opens without poa.
+    """Cut one sub-network out of a family into a directory that timm or transformers opens without poa.
 
     The written model is opened again and compared with the sub-network on a probe batch; it is refused if they
     differ.
@@ -28,6 +32,8 @@ class Extract:
     """The directory to write."""
     image_size: int | None = None
     """Side of the images that the model is for; the family's own by default."""
+    format: Literal["timm", "transformers"] = "timm"
+    """timm's directory (transformers opens it through its timm wrapper), or transformers' own where it has a class."""
     overwrite: bool = False
     """Replace the directory if it is there."""
 
@@ -42,11 +48,22 @@ def run(arguments: Sequence[str]) -> int:
     if len(subnets) != 1:
         raise SubnetError(f"`poa extract` cuts out one sub-network; {command.subnet!r} names {len(subnets)}.")
     subnet = subnets[0]
-    found = family.save_subnet(subnet, command.out, image_size=command.image_size, overwrite=command.overwrite)
+    save = family.save_subnet if command.format == "timm" else _transformers_writer(family)
+    found = save(subnet, command.out, image_size=command.image_size, overwrite=command.overwrite)
     print(f"{subnet}: {family.card.num_params(subnet):,} parameters, written to {command.out}")
     print(
         f"Compared with the family on {found.num_probe_images} probe images: relative difference "
         f"{found.relative_difference:.1e} (allowed: {found.tolerance:g}), largest {found.max_abs_difference:.1e}"
     )
-    print(f'Open it with: timm.create_model("local-dir:{command.out}", pretrained=True)')
+    opener = {
+        "timm": f'timm.create_model("local-dir:{command.out}", pretrained=True)',
+        "transformers": f'transformers.AutoModel.from_pretrained("{command.out}")',
+    }
+    print(f"Open it with: {opener[command.format]}")
     return 0
+
+
+def _transformers_writer(family: Family) -> Callable[..., Verification]:
+    from poa.deploy import save_transformers
+
+    return partial(save_transformers, family)

@@ -152,7 +152,9 @@ def _create(name: str, spec: str, *, pretrained: bool) -> nn.Module:
         hint = ""
         if pretrained and spec.startswith(TIMM_PREFIX):
             hint = " Without a network, download the model elsewhere and give its directory."
-        raise CheckpointError(f"timm cannot open {spec}: {type(error).__name__}: {error}.{hint}") from error
+        raise CheckpointError(
+            f"timm cannot open {spec}: {type(error).__name__}: {str(error).rstrip('.')}.{hint}"
+        ) from error
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -103,9 +104,9 @@ def sample_images(config: PretrainConfig, source: ImageSource) -> Float[Tensor, 
     found = []
     for index in order.tolist():
         try:
-            found.append(torch.from_numpy(eval_transform(source.load(index), config.model.image_size, 1.0)))
+            found.append(eval_transform(source.load(index), config.model.image_size, 1.0))
         except BadImage:
             continue
     if not found:
         raise DataError(f"none of {len(order)} images sampled from {source.spec} can be read.")
-    return normalize(torch.stack(found), config.augment.mean, config.augment.std)
+    return normalize(torch.from_numpy(np.stack(found)), config.augment.mean, config.augment.std)
