@@ -2,20 +2,20 @@
 
     python benchmarks/step.py                     # prints a table
     python benchmarks/step.py --json result.json  # and writes the figures
+    python benchmarks/step.py --recipe swin-t     # another architecture
 
-The configuration is vit-s16's, smaller in batch and heads: widths 192…384, depths 6…12, head size 64, 2×224 and
-8×96 px, batch 8, prototypes 1024/2048/4096/8192, the sub-network fixed to w320-d9. A step is everything between two
-batches: normalising, teacher, both students, losses, backward, clipping, AdamW, EMA. Its floating-point operations are
-those of its matrix products, counted by torch's profiler on one step (attention by its plain products; what
-stochastic depth leaves out is not counted). Pairs of a product's time and a step's time alternate, so a drifting clock
-touches both.
+The configuration is a recipe's, smaller in batch and heads: for vit-s16 widths 192…384, depths 6…12, head size 64,
+2×224 and 8×96 px, batch 8, prototypes 1024/2048/4096/8192. The sub-network is fixed to the middle one, w320-d9. A step
+is everything between two batches: normalising, teacher, both students, losses, backward, clipping, AdamW, EMA. Its
+floating-point operations are those of its matrix products, counted by torch's profiler on one step (attention by its
+plain products; what stochastic depth leaves out is not counted). Pairs of a product's time and a step's time alternate,
+so a drifting clock touches both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import sys
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import processor
+from machine import describe_machine
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,7 +38,6 @@ from poa.runtime import resolve_runtime
 from poa.train.loop import build_trainer
 from poa.train.step import Trainer, train_step
 
-SUBNET = Subnet.parse("w320-d9")
 OVERRIDES = {
     "heads": {"num_prototypes": [1024, 2048, 4096, 8192]},
     "objective": {"patch_start_epoch": 0},
@@ -52,12 +51,12 @@ class FixedDraw(SearchSpace):
     """A search space that always draws the same sub-network, so that steps are alike."""
 
     def draw(self, seed: int, position: int) -> Subnet | None:  # noqa: ARG002 (the signature of SearchSpace.draw)
-        """The fixed sub-network."""
-        return SUBNET
+        """The middle sub-network."""
+        return self.middle
 
 
 def make_trainer(arguments: argparse.Namespace) -> Trainer:
-    values = merged(to_dict(load_recipe("vit-s16")), OVERRIDES)
+    values = merged(to_dict(load_recipe(arguments.recipe)), OVERRIDES)
     values = merged(values, {"runtime": {"device": arguments.device, "compile": arguments.compile}})
     config = from_dict(PretrainConfig, values, "benchmark")
     trainer = build_trainer(config, 100, resolve_runtime(config.runtime))
@@ -122,9 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python benchmarks/step.py " + " ".join(sys.argv[1:]),
         "machine": {
-            "processor": processor(),
-            "platform": platform.platform(),
-            "torch": torch.__version__,
+            **describe_machine(),
             **trainer.runtime.describe(),
         },
         "gflop_per_step": flops / 1e9,
@@ -149,6 +146,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="vit-s16")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--products", type=int, default=20, help="matrix products timed before each step")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])

@@ -275,3 +275,9 @@ def test_differences_name_every_option_that_differs():
         "train.epochs": (100.0, 2.0),
         "new": (None, 1),
     }
+
+
+def test_options_of_a_start_need_a_source():
+    with pytest.raises(ConfigError, match=r"init\.reorder must be left alone without init\.source"):
+        from_dict(PretrainConfig, {"init": {"reorder": False}}, "test")
+    assert not from_dict(PretrainConfig, {"init": {"source": "net", "reorder": False}}, "test").init.reorder

@@ -16,6 +16,7 @@ from poa.elastic import channel_groups, feature_order, num_params, reordered
 from poa.errors import CheckpointError, ConfigError
 from poa.family import Family, FamilyCard, Preprocessing, load
 from poa.pretrained import channel_orders, fill_, model_config_of, open_weights, start_from_
+from poa.pretrained.importance import _read_axis, _watched
 from tests.contract.configs import SMALLEST
 from tests.golden.reference import relative_error
 
@@ -132,6 +133,15 @@ def test_channels_that_contribute_nothing_come_last():
     for index in range(3):
         assert sorted(orders[f"blocks.{index}.hidden"][-3:].tolist()) == dead
         assert orders[f"blocks.{index}.heads"][-1] == 1
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_every_elastic_layer_that_reads_free_channels_is_heard(kind):
+    backbone, _ = filled(timm_model(kind))
+    readers = [module for module in backbone.modules() if _read_axis(module)[0] is not None]
+    with _watched(backbone) as energies:
+        backbone([probe(backbone)], backbone.space.intact)
+    assert set(energies) == set(readers)
 
 
 def test_importance_puts_more_energy_into_narrow_subnets_than_chance():

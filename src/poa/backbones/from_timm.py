@@ -122,7 +122,7 @@ def convnext_config(model: Any) -> ConvNeXtConfig:  # noqa: ANN401 (timm's class
             "it is a ConvNeXt V2 (global response norm)": hasattr(first.mlp, "grn"),
             "its stem overlaps": stem.kernel_size != stem.stride,
             "its patches are not of 4 or 1 pixels": stem.kernel_size not in ((4, 4), (1, 1)),
-            "its MLP ratio is not 4": first.mlp.fc1.out_features != 4 * dims[0],
+            "its MLP ratio is not 4": first.mlp.fc1.weight.shape[0] != 4 * dims[0],
             "its kernels are not 7×7": first.conv_dw.kernel_size != (7, 7),
             "its convolutions have no bias": first.conv_dw.bias is None,
             "it has no LayerScale": first.gamma is None,

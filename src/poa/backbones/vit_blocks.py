@@ -106,8 +106,8 @@ class EvaAttention(Attention):
         if self.bias_cut is None:
             return super()._qkv(x, width)
         q, v = (self.bias_cut.apply(bias, width) for bias in (self.q_bias, self.v_bias))
-        bias = torch.cat([q, torch.zeros_like(q), v])
-        return F.linear(x, self.qkv.weight_cut.apply(self.qkv.weight, width), bias)
+        out: Tensor = self.qkv(x, width, torch.cat([q, torch.zeros_like(q), v]))
+        return out
 
 
 class Mlp(nn.Module):

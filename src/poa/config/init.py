@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 import tyro
@@ -28,3 +28,6 @@ class InitConfig:
     def __post_init__(self) -> None:
         require(self.num_images >= 1, "init.num_images", self.num_images, "1 or more")
         require_non_negative("init.freeze_epochs", self.freeze_epochs)
+        for field in () if self.source else fields(self):
+            value = getattr(self, field.name)
+            require(value == field.default, f"init.{field.name}", value, "left alone without init.source")

@@ -27,9 +27,12 @@ class ElasticLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(weight.full_shape))
         self.bias = None if bias is None else nn.Parameter(torch.empty(bias.full_shape))
 
-    def forward(self, x: Float[Tensor, "... inputs"], width: int) -> Float[Tensor, "... outputs"]:
-        """The layer's output at that width."""
-        bias = None if self.bias is None or self.bias_cut is None else self.bias_cut.apply(self.bias, width)
+    def forward(
+        self, x: Float[Tensor, "... inputs"], width: int, bias: Float[Tensor, "outputs"] | None = None
+    ) -> Float[Tensor, "... outputs"]:
+        """The layer's output at that width; `bias` stands in for a bias of its own, and is cut already."""
+        if self.bias is not None and self.bias_cut is not None:
+            bias = self.bias_cut.apply(self.bias, width)
         return F.linear(x, self.weight_cut.apply(self.weight, width), bias)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from poa.backbones.base import Backbone
@@ -16,7 +17,7 @@ from poa.elastic import Axis, Cut, channel_groups, num_units
 @torch.no_grad()
 def channel_orders(
     backbone: Backbone, images: Float[Tensor, "B c h w"], batch_size: int = 32
-) -> dict[str, Float[Tensor, "_"]]:
+) -> dict[str, Int[Tensor, "_"]]:
     """For each group of channels the old positions of its units, the most important first.
 
     What a channel contributes to a layer that reads it is the mean of its square over all places, times the squared
@@ -52,8 +53,8 @@ def _watched(backbone: Backbone) -> Iterator[dict[nn.Module, Tensor]]:
     """While open, sums up for every elastic layer the mean squares of its input channels."""
     energies: dict[nn.Module, Tensor] = {}
 
-    def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach().float()
+    def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x: Tensor = inputs[0].detach().float()
         if module.get_parameter("weight").ndim == 4:
             x = x.movedim(1, -1)
         energy = x.flatten(0, -2).square().mean(dim=0)
