@@ -3,9 +3,10 @@
     python benchmarks/reorder.py --out benchmarks/results/DATE-reorder.json
 
 For each seed a plain ViT is pre-trained on the digits and written as a timm network. Then a family grows from it, with
-and without `init.reorder`. On the held-out digits two things are measured of every sub-network, at the start and after
-some epochs of elastic training: k-NN accuracy, and the agreement of its features with the intact network's (linear CKA,
-Kornblith et al., *Similarity of Neural Network Representations Revisited*, 2019).
+and without `init.reorder`; as a control also with the channels that matter least first. On the held-out digits two
+measures of every sub-network are taken, at the start and after some epochs of elastic training: k-NN accuracy, and the
+agreement of its features with the intact network's (linear CKA, Kornblith et al., *Similarity of Neural Network
+Representations Revisited*, 2019).
 """
 
 from __future__ import annotations
@@ -27,15 +28,27 @@ from torch import Tensor
 
 from poa.config import InitConfig, PretrainConfig, RuntimeConfig, load_recipe
 from poa.data import open_source
+from poa.elastic import reordered
 from poa.evaluate import evaluate_knn, extract_features
 from poa.evaluate.plots import COLOURS, new_figure, save_figure
 from poa.family import Family, load
+from poa.pretrained import channel_orders
+from poa.pretrained.start import sample_images
 from poa.runtime import resolve_runtime
 from poa.train import pretrain
 from poa.train.loop import build_trainer
 
 WIDTHS = (16, 32, 48, 64, 80)
 DEPTHS = (2, 3, 4)
+ARMS = {
+    "start": (
+        ("least first", False, "start, least first"),
+        ("as it came", False, "start"),
+        ("reordered", True, "start"),
+    ),
+    "after": (("as it came", False, "after"), ("reordered", True, "after")),
+}
+"""For each time the ways compared: (name, whether reordered, where its figures are)."""
 
 
 def main() -> None:
@@ -99,9 +112,14 @@ def grow(folder: Path, source: Path, seed: int, epochs: float, *, reorder: bool)
     images = open_source(config.data.source, config.data, config.model.num_channels)
     pretrain(config, out)
     after = load(out)
-    trainer = build_trainer(config, 22, resolve_runtime(config.runtime), images)
-    start = Family(after.card, trainer.model.student.backbone)
-    return {"start": measured(start, config), "after": measured(after, config)}
+    backbone = build_trainer(config, 22, resolve_runtime(config.runtime), images).model.student.backbone
+    found = {"start": measured(Family(after.card, backbone), config), "after": measured(after, config)}
+    if not reorder:
+        orders = channel_orders(backbone, sample_images(config, images))
+        worst = {name: order.flip(0) for name, order in orders.items()}
+        backbone.load_state_dict(reordered(backbone.layout, backbone.state_dict(), worst))
+        found["start, least first"] = measured(Family(after.card, backbone), config)
+    return found
 
 
 def measured(family: Family, config: PretrainConfig) -> dict[str, dict[str, float]]:
@@ -128,15 +146,25 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for what, when, width in itertools.product(("knn", "cka"), ("start", "after"), WIDTHS):
         row: dict[str, Any] = {"measure": what, "when": when, "width": width}
-        for reorder, name in ((False, "as it came"), (True, "reordered")):
-            each = [
-                100 * mean(value for subnet, value in run[when][what].items() if subnet.startswith(f"w{width}-"))
-                for run in runs
-                if run["reorder"] == reorder
-            ]
-            row[name] = [round(mean(each), 1), round(stdev(each), 1) if len(each) > 1 else 0.0]
+        each = {name: by_seed(runs, reorder, key, what, width) for name, reorder, key in ARMS[when]}
+        row |= {name: with_spread(values) for name, values in each.items()}
+        gains = [new - old for new, old in zip(each["reordered"], each["as it came"], strict=True)]
+        row["gain"] = with_spread(gains)
         rows.append(row)
     return rows
+
+
+def by_seed(runs: Sequence[dict[str, Any]], reorder: bool, when: str, what: str, width: int) -> list[float]:
+    """For each seed the mean over the depths of that width, in percent."""
+    return [
+        100 * mean(value for subnet, value in run[when][what].items() if subnet.startswith(f"w{width}-"))
+        for run in runs
+        if run["reorder"] == reorder
+    ]
+
+
+def with_spread(values: Sequence[float]) -> list[float]:
+    return [round(mean(values), 1), round(stdev(values), 1) if len(values) > 1 else 0.0]
 
 
 def draw(table: Sequence[dict[str, Any]], file: Path) -> None:
@@ -146,7 +174,7 @@ def draw(table: Sequence[dict[str, Any]], file: Path) -> None:
         axes, ("knn", "cka"), ("k-NN accuracy, %", "agreement with the intact network (CKA), %"), strict=True
     ):
         rows = [row for row in table if row["measure"] == what and row["when"] == "start"]
-        for colour, name in zip(COLOURS, ("as it came", "reordered"), strict=False):
+        for colour, name in zip((COLOURS[3], COLOURS[0], COLOURS[1]), (arm[0] for arm in ARMS["start"]), strict=True):
             middle, spread = (np.array([row[name][part] for row in rows]) for part in (0, 1))
             axis.plot(WIDTHS, middle, "o-", color=colour, label=name)
             axis.fill_between(WIDTHS, middle - spread, middle + spread, alpha=0.2, color=colour, linewidth=0)

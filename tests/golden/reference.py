@@ -28,4 +28,4 @@ def our_backbone_name(name):
 
 def relative_error(ours, theirs):
     ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).double()
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+    return float(((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).detach())

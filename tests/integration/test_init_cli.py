@@ -39,6 +39,7 @@ def source(tmp_path):
         "license": "cc-by-nc-4.0",
         "first_conv": "patch_embed.proj",
     }
+    described |= {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
     config = {"architecture": "vit_small_patch14_dinov2", "model_args": SMALL, "pretrained_cfg": described}
     (folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "options.yaml").write_text(OPTIONS)
@@ -112,6 +113,7 @@ def test_crop_sizes_are_fitted_to_the_patches_of_the_source_and_said(source, tmp
     )
     said = capsys.readouterr().err
     assert "augment.local_size is 98 instead of the recipe's 96" in said
+    assert "augment.mean is (0.5, 0.4, 0.3) instead of the recipe's (0.485, 0.456, 0.406)" in said
 
 
 @pytest.mark.parametrize(

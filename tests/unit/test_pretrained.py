@@ -15,7 +15,7 @@ from poa.data import open_source
 from poa.elastic import channel_groups, feature_order, num_params, reordered
 from poa.errors import CheckpointError, ConfigError
 from poa.family import Family, FamilyCard, Preprocessing, load
-from poa.pretrained import channel_orders, fill_, model_config_of, open_weights, start_from_
+from poa.pretrained import channel_orders, fill_, grown_from, open_weights, start_from_
 from poa.pretrained.importance import _read_axis, _watched
 from tests.contract.configs import SMALLEST
 from tests.golden.reference import relative_error
@@ -55,6 +55,7 @@ def write_timm(model, kind, directory, licence="apache-2.0"):
     save_file(model.state_dict(), directory / "model.safetensors")
     channels = next(p for p in model.parameters() if p.ndim == 4).shape[1]
     cfg = {"input_size": [channels, 32, 32], "num_classes": 0, "license": licence}
+    cfg |= {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
     for key in ("first_conv", "classifier"):
         cfg[key] = model.pretrained_cfg[key]
     config = {"architecture": name, "num_classes": 0, "model_args": small, "pretrained_cfg": cfg}
@@ -161,10 +162,13 @@ def test_a_directory_says_what_it_is_and_grows_into_a_space(kind, tmp_path):
     weights = open_weights(spec)
     assert weights.provenance["license"] == "apache-2.0"
     assert weights.provenance["name"] == "net"
-    grown = model_config_of(spec, ViTConfig(image_size=64))
+    grown, mean, std = grown_from(spec, ViTConfig(image_size=64))
+    assert (mean, std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
     space = architecture(grown).space(grown)
     assert space.intact.width == weights.config.widths[-1]
     assert len(space) > 1
+    assert 2 * space.smallest.width >= space.intact.width
+    assert all(2 * low >= high for low, high in zip(space.smallest.depths, space.intact.depths, strict=True))
     layout = architecture(grown).layout(grown)
     resized_only = abs(num_params(layout, space.intact) - sum(part.numel() for part in weights.model.parameters()))
     assert resized_only <= 64 * 48
@@ -283,7 +287,7 @@ def test_a_start_reports_source_licence_difference_and_order(tmp_path):
 def test_a_bare_file_fills_the_network_that_the_options_describe(tmp_path):
     file = tmp_path / "weights.safetensors"
     save_file(timm_model("dinov2").state_dict(), file)
-    assert model_config_of(str(file), ViTConfig()) is None
+    assert grown_from(str(file), ViTConfig()) is None
     backbone, config, images = _start(str(file))
     assert start_from_(backbone, config, images).relative_difference is None
     wrong = replace(config.model, depths=(2, 4))

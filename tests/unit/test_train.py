@@ -236,7 +236,7 @@ def test_without_patch_weight_masks_never_come_on(source):
 
 
 def record_of(loss, is_finite=True):
-    values = StepValues(0.1, 0.0, 0.04, 0.99, 0.05, masks=True)
+    values = StepValues(0.1, 0.0, 0.1, 0.04, 0.99, 0.05, masks=True)
     return StepRecord(loss, {"intact/local": loss / 2}, {"heads": 1.0}, (), values, is_finite)
 
 

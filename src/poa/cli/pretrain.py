@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -98,19 +98,26 @@ def _base(out: Path | None, recipe: str | None, file: Path | None, init: str) ->
 
 
 def _grown_from(base: PretrainConfig, spec: str) -> PretrainConfig:
-    """The recipe with the model of the weights that it starts from; sizes of crops are fitted to its patches."""
-    from poa.pretrained import model_config_of
+    """The recipe with the model of the weights that it starts from, and with the images prepared as they expect."""
+    from poa.pretrained import grown_from
 
-    model = model_config_of(spec, base.model)
-    if model is None:
+    grown = grown_from(spec, base.model)
+    if grown is None:
         return replace(base, init=replace(base.init, source=spec))
-    multiple, local = model.crop_multiple, base.augment.local_size
-    fitted = max(multiple, round(local / multiple) * multiple)
-    for name, old, new in (
-        ("model.image_size", base.model.image_size, model.image_size),
-        ("augment.local_size", local, fitted),
-    ):
+    multiple, local = grown.model.crop_multiple, base.augment.local_size
+    fitted: dict[str, Any] = {"local_size": max(multiple, round(local / multiple) * multiple)}
+    if len(grown.mean) in (1, grown.model.num_channels):
+        fitted |= {"mean": grown.mean, "std": grown.std}
+    else:
+        warnings.warn(
+            f"augment.mean and augment.std are the recipe's: {spec} has none for {grown.model.num_channels} channels.",
+            PoaWarning,
+            stacklevel=2,
+        )
+    changes = {"model.image_size": (base.model.image_size, grown.model.image_size)}
+    changes |= {f"augment.{name}": (getattr(base.augment, name), value) for name, value in fitted.items()}
+    for name, (old, new) in changes.items():
         if old != new:
             warnings.warn(f"{name} is {new} instead of the recipe's {old}, to fit {spec}.", PoaWarning, stacklevel=2)
-    augment = replace(base.augment, local_size=fitted)
-    return replace(base, model=model, augment=augment, init=replace(base.init, source=spec))
+    init = replace(base.init, source=spec)
+    return replace(base, model=grown.model, augment=replace(base.augment, **fitted), init=init)

@@ -2,16 +2,17 @@
 
 from poa.pretrained.fill import FillReport, fill_
 from poa.pretrained.importance import channel_orders
-from poa.pretrained.sources import PublicWeights, model_config_of, open_weights
+from poa.pretrained.sources import Grown, PublicWeights, grown_from, open_weights
 from poa.pretrained.start import StartReport, start_from_
 
 __all__ = [
     "FillReport",
+    "Grown",
     "PublicWeights",
     "StartReport",
     "channel_orders",
     "fill_",
-    "model_config_of",
+    "grown_from",
     "open_weights",
     "start_from_",
 ]

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -70,8 +70,22 @@ def open_weights(spec: str) -> PublicWeights:
     return _from_timm(spec, _timm_directory(path), name=path.name)
 
 
-def model_config_of(spec: str, base: ModelConfig) -> ModelConfig | None:
-    """The super-network that grows from those weights, without reading them: its intact network is theirs.
+class Grown(NamedTuple):
+    """What a run takes over from the network that it starts from.
+
+    Attributes:
+        model: the super-network; its intact network is the source's.
+        mean: of the images that the source was trained on, by channel, values 0-1; empty if unknown.
+        std: their standard deviation.
+    """
+
+    model: ModelConfig
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+def grown_from(spec: str, base: ModelConfig) -> Grown | None:
+    """The super-network that grows from those weights, without reading them.
 
     The sub-networks go down to half of its width and half of its depth. Image size, channels of the images and
     stochastic depth are those of `base`; the image size is moved to the nearest that the patches allow.
@@ -88,15 +102,19 @@ def model_config_of(spec: str, base: ModelConfig) -> ModelConfig | None:
             raise CheckpointError(f"there is no file {path} to start from.")
         return None
     if not spec.startswith(TIMM_PREFIX) and _is_family(path):
-        config = read_card(path).config
+        card = read_card(path)
+        config, mean, std = card.config, card.preprocessing.mean, card.preprocessing.std
     else:
         name = _timm_name(spec) if spec.startswith(TIMM_PREFIX) else _timm_directory(path)
-        config = _with_space(config_from_timm(_create(name, spec, pretrained=False)))
+        model = _create(name, spec, pretrained=False)
+        config = _with_space(config_from_timm(model))
+        described: Any = getattr(model, "pretrained_cfg", None) or {}
+        mean, std = (tuple(described.get(key) or ()) for key in ("mean", "std"))
     shared: dict[str, Any] = {"num_channels": base.num_channels}
     if hasattr(config, "drop_path") and hasattr(base, "drop_path"):
         shared["drop_path"] = base.drop_path
     grown: ModelConfig = replace(config, image_size=_nearest_size(config, base.image_size), **shared)
-    return grown
+    return Grown(grown, mean, std)
 
 
 def _from_timm(spec: str, timm_name: str, name: str) -> PublicWeights:
@@ -175,14 +193,19 @@ def _with_space(config: ModelConfig) -> ModelConfig:
     """The configuration of one network, widened to a space down to half of its width and half of its depth."""
     unit = getattr(config, "head_dim", 0) or getattr(config, "num_groups", 0) or 8
     units = config.widths[-1] // unit
-    step = -(-(units - units // 2) // (_MAX_WIDTHS - 1)) or 1
-    widths = sorted(units - step * index for index in range(_MAX_WIDTHS) if units - step * index >= max(1, units // 2))
-    depths: dict[str, Any] = {
-        name: tuple(range(max(1, getattr(config, name)[-1] // 2), getattr(config, name)[-1] + 1))
-        for name in _DEPTH_FIELDS
-        if hasattr(config, name)
-    }
+    half = _half(units)
+    step = -(-(units - half) // (_MAX_WIDTHS - 1)) or 1
+    widths = sorted(range(units, half - 1, -step))
+    depths: dict[str, Any] = {}
+    for name in _DEPTH_FIELDS:
+        if hasattr(config, name):
+            deepest = getattr(config, name)[-1]
+            depths[name] = tuple(range(_half(deepest), deepest + 1))
     return replace(config, widths=tuple(unit * count for count in widths), **depths)
+
+
+def _half(count: int) -> int:
+    return -(-count // 2)
 
 
 def _nearest_size(config: ModelConfig, wanted: int) -> int:
