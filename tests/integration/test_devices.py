@@ -68,7 +68,12 @@ def test_compiled_blocks_of_convolutions_train_as_plain_blocks(name):
     assert_alike(compiled, steps(2, MODELS[name], device="cpu", compile="off"), 1e-5, 1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+SLOW_IN_BFLOAT16 = {"resnet"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_IN_BFLOAT16 else ()) for name in sorted(MODELS)]
+)
 def test_bfloat16_autocast_stays_near_float32(name):
     plain = steps(2, MODELS[name], device="cpu", precision="float32")
     assert_alike(steps(2, MODELS[name], device="cpu", precision="bfloat16"), plain, 2e-2, 5e-2)
