@@ -75,6 +75,7 @@ def test_every_architecture_trains_resumes_and_is_cut_through_the_command_line(n
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", sorted(DIGITS))
 def test_every_subnet_of_a_family_reads_digits(name, tmp_path):
     (tmp_path / "options.yaml").write_text(yaml.safe_dump({**DIGITS[name], "monitor": {"every": 0}}))

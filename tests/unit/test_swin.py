@@ -118,6 +118,7 @@ def test_networks_of_the_default_space_are_exact(default_family, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_all_39_subnets_of_the_default_space_equal_their_timm_models(default_family):
     errors = {str(subnet): largest_error(default_family, subnet) for subnet in default_family.subnets}
     assert len(errors) == 39
