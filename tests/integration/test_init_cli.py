@@ -1,6 +1,7 @@
 """`poa pretrain --init` from end to end, through the command line."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -101,6 +102,19 @@ def test_a_resumed_run_needs_no_source(source, tmp_path, capsys):
     again = load(tmp_path / "run")
     assert all(torch.equal(first[name], tensor) for name, tensor in again.backbone.state_dict().items())
     assert again.card.provenance["init"]["name"] == "dino"
+
+
+def test_a_run_killed_in_its_first_checkpoint_starts_from_the_source_again(source, tmp_path, capsys):
+    assert pretrain(tmp_path, "--init", source) == 0
+    first = load(tmp_path / "run").backbone.state_dict()
+    shutil.rmtree(tmp_path / "run" / "family")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints" / ".step-00000004.half-written").mkdir(parents=True)
+    capsys.readouterr()
+    assert main(["pretrain", "--out", str(tmp_path / "run")]) == 0
+    assert "Started from" in capsys.readouterr().err
+    again = load(tmp_path / "run").backbone.state_dict()
+    assert all(torch.equal(first[name], tensor) for name, tensor in again.items())
 
 
 def test_crop_sizes_are_fitted_to_the_patches_of_the_source_and_said(source, tmp_path, capsys):

@@ -66,13 +66,14 @@ def pretrain(config: PretrainConfig, out: str | Path, reporter: Reporter | None 
     runtime = resolve_runtime(config.runtime)
     source = open_source(config.data.source, config.data, config.model.num_channels)
     plan = EpochPlan(len(source), config.train.batch_size, config.optim.accumulate, config.train.seed)
-    trainer = build_trainer(config, plan.steps_per_epoch, runtime, None if run.has_checkpoint() else source)
+    store = CheckpointStore(run.checkpoints, config.train.keep_checkpoints, config.train.keep_every)
+    trainer = build_trainer(config, plan.steps_per_epoch, runtime, None if store.steps() else source)
     run.begin(config, source, runtime)
     if trainer.start is not None:
         run.record_start(trainer.start)
         (reporter or Reporter()).message(f"Started from {config.init.source}: {trainer.start.tensors}.")
     with Interrupt() as interrupt:
-        done = Loop(trainer, run, source, plan, reporter or Reporter()).run(interrupt)
+        done = Loop(trainer, run, store, source, plan, reporter or Reporter()).run(interrupt)
     num_steps = trainer.schedules.num_steps
     if done < num_steps:
         return RunResult(done, num_steps, None, interrupt.signal)
@@ -112,7 +113,13 @@ class Loop:
     """The steps of a run with all that goes on beside them."""
 
     def __init__(
-        self, trainer: Trainer, run: RunDirectory, source: ImageSource, plan: EpochPlan, reporter: Reporter
+        self,
+        trainer: Trainer,
+        run: RunDirectory,
+        store: CheckpointStore,
+        source: ImageSource,
+        plan: EpochPlan,
+        reporter: Reporter,
     ) -> None:
         config = trainer.config
         self.trainer = trainer
@@ -122,7 +129,7 @@ class Loop:
         self.num_steps = trainer.schedules.num_steps
         self.num_bad_steps = 0
         self.batches = MultiCropBatches(source, plan, config)
-        self.store = CheckpointStore(run.checkpoints, config.train.keep_checkpoints, config.train.keep_every)
+        self.store = store
         self.monitor = Monitor(config, source, trainer.model.student.backbone.space)
         self.bad_images = BadImageLog(
             run.skipped, len(source) + len(source.skipped), config.data.max_bad_share, source.skipped

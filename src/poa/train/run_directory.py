@@ -107,10 +107,6 @@ class RunDirectory:
         except OSError as error:
             raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from error
 
-    def has_checkpoint(self) -> bool:
-        """Whether a run here has got as far as a checkpoint."""
-        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-
     def record_start(self, report: StartReport) -> None:
         """Writes how the run started from public weights.
 
