@@ -17,6 +17,7 @@ from poa.config import ViTConfig
 from poa.elastic import Axis, Cut
 from poa.errors import ConfigError
 from poa.family import Family, FamilyCard, Preprocessing
+from poa.pretrained import fill_
 from tests.contract import test_backbones as contract
 from tests.golden.reference import relative_error
 
@@ -58,9 +59,10 @@ def randomise_(model):
 def loaded(model):
     """Our super-network with the timm model's parameters, and nothing but the mask token missing."""
     backbone = ElasticViT(config_from_timm(model))
-    rest = backbone.load_state_dict(model.state_dict(), strict=False)
-    assert rest.missing_keys == ["mask_token"]
-    assert rest.unexpected_keys == []
+    report = fill_(backbone, model.state_dict(), "timm")
+    assert report.missing == ("mask_token",)
+    assert not report.resized
+    assert not report.left_out
     with torch.no_grad():
         backbone.mask_token.zero_()
     return backbone.eval()

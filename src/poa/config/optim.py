@@ -30,7 +30,7 @@ class OptimConfig:
     layer_decay: float = 0.9
     """Each block's learning rate over that of the block above it."""
     patch_embed_lr_scale: float = 0.2
-    """Further factor on the patch embedding's learning rate."""
+    """Further factor on the learning rate of the patch embedding (ConvNeXt's stem; a ResNet has none)."""
     freeze_last_layer_epochs: float = 1.0
     """Epochs in which the heads' last layers do not move."""
     clip_grad: float = 1.5

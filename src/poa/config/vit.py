@@ -102,6 +102,8 @@ class ViTConfig:
         else:
             require(self.mlp != "swiglu", "model.mlp", self.mlp, "gelu or swiglu_packed with learned positions")
             require(self.norm_eps == 1e-6, "model.norm_eps", self.norm_eps, "1e-06 with learned positions")
+            temperature = self.rope_temperature
+            require(temperature == 100.0, "model.rope_temperature", temperature, "left alone with learned positions")
 
     @property
     def hidden_channels(self) -> int:

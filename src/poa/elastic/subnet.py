@@ -133,11 +133,11 @@ class SearchSpace:
         return list(found)
 
     def nearest(self, subnet: Subnet, num: int = 3) -> list[Subnet]:
-        """The `num` members nearest to `subnet`: by relative width first, then by depth."""
+        """The `num` members nearest to `subnet`, which names as many depths: by relative width and depth together."""
 
         def distance(member: Subnet) -> tuple[float, int]:
             width = abs(member.width - subnet.width) / self.widths[-1]
-            depth = sum(abs(a - b) for a, b in zip(member.depths, subnet.depths, strict=False))
+            depth = sum(abs(a - b) for a, b in zip(member.depths, subnet.depths, strict=True))
             return width + depth / sum(self.intact.depths), depth
 
         return sorted(self.subnets, key=distance)[:num]

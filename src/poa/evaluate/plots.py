@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from poa.elastic import Subnet
 from poa.evaluate.knn import KnnResult
@@ -13,6 +13,8 @@ from poa.evaluate.knn import KnnResult
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+ItemT = TypeVar("ItemT")
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette: told apart by colour-blind readers too."""
@@ -30,18 +32,23 @@ def new_figure(width: float, height: float, num_columns: int) -> tuple[Figure, l
     return figure, list(axes)
 
 
+def repeating(styles: Sequence[str], items: Iterable[ItemT]) -> Iterator[tuple[str, ItemT]]:
+    """Every item with a style; the styles begin again where there are more items."""
+    return ((styles[index % len(styles)], item) for index, item in enumerate(items))
+
+
 def draw_front(axis: Axes, results: Sequence[KnnResult], references: Mapping[str, float]) -> None:
     """Best k-NN accuracy against parameters: a line for each width, a dashed line for each reference."""
     by_width: dict[int, list[KnnResult]] = defaultdict(list)
     for result in results:
         by_width[Subnet.parse(result.subnet).width].append(result)
-    for colour, (width, members) in zip(COLOURS * len(by_width), sorted(by_width.items()), strict=False):
+    for colour, (width, members) in repeating(COLOURS, sorted(by_width.items())):
         sizes = [member.num_params for member in members]
         axis.plot(sizes, [100 * member.best for member in members], "o-", color=colour, label=f"width {width}")
         for member, size in zip(members, sizes, strict=True):
             depth = member.subnet.split("-", 1)[1]
             axis.annotate(depth, (size, 100 * member.best), (0, 6), textcoords="offset points", ha="center", fontsize=7)
-    for style, (name, value) in zip(("--", ":", "-."), references.items(), strict=False):
+    for style, (name, value) in repeating(("--", ":", "-."), references.items()):
         axis.axhline(100 * value, color="0.4", linestyle=style, linewidth=1, label=f"{name} {value:.1%}")
     axis.set_xscale("log")
     axis.set_xlabel("parameters")
@@ -57,7 +64,7 @@ def draw_curves(loss_axis: Axes, knn_axis: Axes, metrics: Sequence[Mapping[str, 
     loss_axis.set_xlabel("step")
     loss_axis.set_title("Loss")
     looks = [(line["step"], line["monitor"]) for line in metrics if "monitor" in line]
-    for colour, subnet in zip(COLOURS, looks[0][1] if looks else (), strict=False):
+    for colour, subnet in repeating(COLOURS, looks[0][1] if looks else ()):
         values = [100 * found[subnet].get("knn", float("nan")) for _, found in looks]
         knn_axis.plot([step for step, _ in looks], values, "o-", markersize=3, color=colour, label=subnet)
     knn_axis.set_xlabel("step")
