@@ -74,6 +74,21 @@ def test_every_architecture_trains_resumes_and_is_cut_through_the_command_line(n
     assert "Compared with the family" in capsys.readouterr().out
 
 
+def test_a_family_that_could_not_be_cut_is_refused_before_it_is_trained(tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump({**SHORT, "model": DIGITS["resnet"]["model"]}))
+    options = [
+        "--config",
+        str(tmp_path / "options.yaml"),
+        "--model.stem-channels",
+        "32",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(["pretrain", "--data", "digits", *options]) == 1
+    assert "model.stem_channels is 64, as in timm's ResNet; got 32" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", sorted(DIGITS))

@@ -33,9 +33,9 @@ class ResNetConfig:
     base_channels: int = 64
     """A quarter of the channels that stage 1 gives, doubled from stage to stage (timm's channels[0])."""
     stem_channels: int = 64
-    """Channels of the stem. timm has 64: networks with another stem can be trained, not cut."""
+    """Channels of the stem. timm has 64, so a family has too; others only from Python, to compare forward passes."""
     num_groups: int = 32
-    """Groups of the normalisation. timm has 32: networks with another number can be trained, not cut."""
+    """Groups of the normalisation. timm has 32, so a family has too; others as for `stem_channels`."""
     image_size: int = 224
     """Side of the global crops in pixels."""
     num_channels: int = 3

@@ -93,8 +93,13 @@ def build_trainer(
         runtime: where it computes.
         images: where the run starts from public weights, the images that say which of their channels matter. Without
             them the weights are fresh: for a run that goes on from a checkpoint.
+
+    Raises:
+        ConfigError: no stock network could be cut from such a family; or as `start_from_`.
+        CheckpointError, DataError: as `start_from_`.
     """
     backbone = architecture(config.model).build(config.model)
+    backbone.timm_model(backbone.space.intact, config.model.image_size)  # refuses what could be trained but not cut
     model = PoaModel(backbone, config.heads, config.objective)
     model.init_weights_(torch.Generator().manual_seed(derived_seed(config.train.seed, "weights")))
     model.to(runtime.device)
