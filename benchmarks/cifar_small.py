@@ -28,8 +28,9 @@ from machine import processor
 from poa.config import PretrainConfig, load_recipe
 from poa.data import ImageSource, open_source
 from poa.demo import raw_pixel_accuracy
-from poa.evaluate import Loading, evaluate_knn
+from poa.evaluate import Knn, evaluate, split
 from poa.family import Family, load
+from poa.models import family_members
 from poa.runtime import resolve_runtime
 from poa.train import ConsoleReporter, pretrain
 from poa.train.loop import build_trainer
@@ -55,8 +56,8 @@ def settings(recipe: str, data: str, epochs: float, seed: int) -> PretrainConfig
 def accuracies(family: Family, train: ImageSource, test: ImageSource) -> dict[str, float]:
     """The best k-NN accuracy of the smallest, the middle and the intact sub-network."""
     subnets = family.space.parse_all(["smallest", "middle", "intact"])
-    report = evaluate_knn(family, train, test, subnets, loading=Loading(num_workers=0))
-    return {result.subnet: result.best for result in report.results}
+    report = evaluate([Knn()], family_members(family, subnets), split(train, test, [Knn()]))
+    return {result.network: result.value for result in report.results}
 
 
 def measured(config: PretrainConfig, train: ImageSource, test: ImageSource) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from machine import describe_machine
 from poa.config import load_recipe
 from poa.data import open_source
 from poa.demo import raw_pixel_accuracy
-from poa.evaluate import evaluate_knn
+from poa.evaluate import Knn, evaluate, split
 from poa.family import load
+from poa.models import family_members
 from poa.train import ConsoleReporter, pretrain
 
 
@@ -35,8 +36,8 @@ def accuracies(seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         pretrain(config, Path(folder) / "run", ConsoleReporter())
         family = load(Path(folder) / "run")
-        report = evaluate_knn(family, train, test, family.subnets)
-    return {result.subnet: result.best for result in report.results}
+        report = evaluate([Knn()], family_members(family), split(train, test, [Knn()]))
+    return {result.network: result.value for result in report.results}
 
 
 def main() -> int:

@@ -29,9 +29,10 @@ from torch import Tensor
 from poa.config import InitConfig, PretrainConfig, RuntimeConfig, load_recipe
 from poa.data import open_source
 from poa.elastic import reordered
-from poa.evaluate import evaluate_knn, extract_features
+from poa.evaluate import Knn, evaluate, extract_features, split
 from poa.evaluate.plots import COLOURS, new_figure, save_figure
 from poa.family import Family, load
+from poa.models import family_members
 from poa.pretrained import channel_orders
 from poa.pretrained.start import sample_images
 from poa.runtime import resolve_runtime
@@ -128,11 +129,11 @@ def measured(family: Family, config: PretrainConfig) -> dict[str, dict[str, floa
         open_source(f"digits:{part}", config.data, config.model.num_channels, require_labels=True)
         for part in ("train", "test")
     )
-    results = evaluate_knn(family, train, test, family.subnets).results
-    with extract_features(family.backbone, test, family.subnets, family.card.preprocessing) as features:
-        intact = features.of(family.space.intact)
-        agreement = {str(subnet): linear_cka(features.of(subnet), intact) for subnet in family.subnets}
-    return {"knn": {result.subnet: result.best for result in results}, "cka": agreement}
+    results = evaluate([Knn()], family_members(family), split(train, test, [Knn()])).results
+    with extract_features(family_members(family), test) as features:
+        intact = features.of(str(family.space.intact)).cls
+        agreement = {str(subnet): linear_cka(features.of(str(subnet)).cls, intact) for subnet in family.subnets}
+    return {"knn": {result.network: result.value for result in results}, "cka": agreement}
 
 
 def linear_cka(a: Tensor, b: Tensor) -> float:

@@ -11,10 +11,11 @@ import torch
 
 from poa.config import load_recipe
 from poa.data import ImageSource, open_source
-from poa.evaluate import KnnResult, evaluate_knn, knn_accuracies
+from poa.evaluate import Knn, Result, evaluate, knn_accuracies, split
 from poa.evaluate.plots import draw_curves, draw_front, new_figure, save_figure
 from poa.family import Family, FamilyCard, Verification, load, open_timm_directory
 from poa.files import write_json
+from poa.models import family_members
 from poa.runtime import resolve_runtime
 from poa.train import Reporter, pretrain
 from poa.train.loop import build_trainer
@@ -37,8 +38,8 @@ class DemoResult:
         num_test: held-out digits.
     """
 
-    results: tuple[KnnResult, ...]
-    untrained: tuple[KnnResult, ...]
+    results: tuple[Result, ...]
+    untrained: tuple[Result, ...]
     raw_pixels: float
     picture: Path
     extracted: Path
@@ -66,8 +67,9 @@ def run_demo(out: Path, reporter: Reporter, say: Callable[[str], None]) -> DemoR
         return None
     family = load(run)
     say(f"2. k-NN of all {len(family.subnets)} sub-networks on {len(test)} held-out digits")
-    results = evaluate_knn(family, train, test, family.subnets).results
-    untrained = evaluate_knn(_untrained(family.card), train, test, family.subnets).results
+    data = split(train, test, [Knn()])
+    results = evaluate([Knn()], family_members(family), data).results
+    untrained = evaluate([Knn()], family_members(_untrained(family.card)), data).results
     raw = raw_pixel_accuracy(train, test)
     picture = out / "demo.png"
     _draw(results, untrained, raw, run, picture)
@@ -98,11 +100,9 @@ def _untrained(card: FamilyCard) -> Family:
     return Family(card, trainer.model.teacher.backbone.cpu())
 
 
-def _draw(
-    results: tuple[KnnResult, ...], untrained: tuple[KnnResult, ...], raw: float, run: Path, picture: Path
-) -> None:
+def _draw(results: tuple[Result, ...], untrained: tuple[Result, ...], raw: float, run: Path, picture: Path) -> None:
     figure, (front, loss, knn) = new_figure(13, 4, 3)
-    best_untrained = max(result.best for result in untrained)
+    best_untrained = max(result.value for result in untrained)
     draw_front(front, results, {"raw pixels": raw, "best untrained": best_untrained})
     draw_curves(loss, knn, read_metrics(run))
     save_figure(figure, picture)
@@ -115,7 +115,12 @@ def _record(found: DemoResult, path: Path) -> None:
             "num_test": found.num_test,
             "raw_pixels": found.raw_pixels,
             "subnets": [
-                {"subnet": result.subnet, "num_params": result.num_params, "knn": result.best, "untrained": before.best}
+                {
+                    "subnet": result.network,
+                    "num_params": result.num_params,
+                    "knn": result.value,
+                    "untrained": before.value,
+                }
                 for result, before in zip(found.results, found.untrained, strict=True)
             ],
             "extracted": {

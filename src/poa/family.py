@@ -118,13 +118,14 @@ class Family:
         found: list[Features] = self.backbone([images], self.space.parse(subnet))
         return found[0].cls
 
-    def extract(self, subnet: str | Subnet, image_size: int | None = None) -> nn.Module:
+    def extract(self, subnet: str | Subnet, image_size: int | None = None, *, drop_path: float = 0.0) -> nn.Module:
         """The sub-network as an ordinary timm model with its own weights, in evaluation mode.
 
         Args:
             subnet: its name, `w384-d12`, or value.
             image_size: side of the images it is for; the family's own by default. The position embedding is
                 resized to it.
+            drop_path: rate of stochastic depth at the last block, for training it further.
 
         Returns:
             A timm model of a stock class with `num_classes=0`: calling it gives the class vectors [B, C].
@@ -135,7 +136,7 @@ class Family:
         """
         member = self.space.parse(subnet)
         size = self.checked_image_size(image_size)
-        model = _empty_timm_model(self.backbone.timm_model(member, size))
+        model = _empty_timm_model(self.backbone.timm_model(member, size), drop_path_rate=drop_path)
         model.load_state_dict(self.backbone.timm_state(member, size), strict=True, assign=True)
         return model.eval()
 
@@ -379,15 +380,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _empty_timm_model(made: TimmModel) -> nn.Module:
+def _empty_timm_model(made: TimmModel, **training: float) -> nn.Module:
     import timm
     import torch
 
+    arguments = {"pretrained": False, "num_classes": 0, **made.arguments, **training}
     with torch.device("meta"):
-        empty: nn.Module = timm.create_model(made.architecture, pretrained=False, num_classes=0, **made.arguments)
+        empty: nn.Module = timm.create_model(made.architecture, **arguments)
     if next(empty.buffers(), None) is None:
         return empty
     # Buffers that no state dict holds (Swin's attention masks) are computed where the model is made.
     with torch.random.fork_rng(devices=[]):
-        whole: nn.Module = timm.create_model(made.architecture, pretrained=False, num_classes=0, **made.arguments)
+        whole: nn.Module = timm.create_model(made.architecture, **arguments)
     return whole

@@ -210,3 +210,22 @@ def test_an_unknown_architecture_is_refused_with_those_there_are():
         architecture("vgg")
     with pytest.raises(ConfigError, match=r"no model\.architecture 'vti'; did you mean 'vit'\? Architectures: vit"):
         from_dict(PretrainConfig, {"model": {"architecture": "vti"}}, "test")
+
+
+def test_the_last_blocks_are_timms_normed_tokens_and_the_deepest_is_the_features(kind, config, family):
+    batch = images(config)
+    for member in family.subnets:
+        features = family.backbone([batch], member)[0]
+        for num_blocks in (1, 2, 100):
+            found = family.backbone.last_blocks(batch, member, num_blocks)
+            assert torch.equal(found[-1].cls, features.cls)
+            assert torch.equal(found[-1].patches, features.patches)
+        model = family.extract(member)
+        options = {"return_prefix_tokens": True} if kind.name == "vit" else {}
+        theirs = model.forward_intermediates(batch, norm=kind.name == "vit", intermediates_only=True, **options)
+        assert len(found) == len(theirs)
+        for ours, part in zip(found[:-1], theirs[:-1], strict=True):
+            cls = part[1][:, 0] if options else part.mean(dim=(2, 3))
+            patches = (part[0] if options else part).flatten(2).transpose(1, 2)
+            assert relative_error(ours.cls, cls) < 1e-5
+            assert relative_error(ours.patches, patches) < 1e-5

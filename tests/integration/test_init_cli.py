@@ -135,7 +135,7 @@ def test_crop_sizes_are_fitted_to_the_patches_of_the_source_and_said(source, tmp
     [
         (["--init", "timm:resnet51"], "timm has no model 'resnet51'. Nearest:"),
         (["--init", "timm:resnet50"], "BatchNorm"),
-        (["--init", "nowhere"], "there is no nowhere to start from"),
+        (["--init", "nowhere"], "there is no nowhere. Give timm:NAME"),
         (["--model.widths", "48", "64"], "are not those of the intact network"),
         (["--model.depths", "2"], "have no place here: blocks.2"),
     ],

@@ -413,11 +413,11 @@ def test_evaluation_prints_a_table_and_writes_its_figures(finished, tmp_path):
     table = succeed(finished.folder, *EVALUATE, *options).out
     found = json.loads((tmp_path / "knn.json").read_text())
     assert (found["protocol"], found["num_train"], found["num_test"], found["skipped"]) == ("knn", 1437, 360, [])
-    assert [result["subnet"] for result in found["results"]] == ["w16-d1", "w16-d2", "w32-d1", "w32-d2"]
+    assert [result["network"] for result in found["results"]] == ["w16-d1", "w16-d2", "w32-d1", "w32-d2"]
     for result in found["results"]:
-        assert list(result["accuracy"]) == ["10", "20"]
-        assert all(0.15 < value <= 1.0 for value in result["accuracy"].values())
-        assert f"{result['accuracy']['10']:.2%}" in table
+        assert list(result["figures"]) == ["accuracy", "accuracy_k10", "accuracy_k20"]
+        assert all(0.15 < value <= 1.0 for value in result["figures"].values())
+        assert f"{result['figures']['accuracy_k10']:.4g}" in table
 
 
 def test_micro_batches_go_through_the_command_line(folder):
@@ -442,4 +442,4 @@ def test_parquet_files_are_pretrained_on_and_evaluated(folder):
     succeed(folder, "evaluate", "knn", "run", *data, "--num-workers", "1", "--device", "cpu")
     found = json.loads((folder / "knn.json").read_text())
     assert (found["num_train"], found["num_test"]) == (200, 60)
-    assert all(0.0 < result["accuracy"]["5"] <= 1.0 for result in found["results"])
+    assert all(0.0 < result["figures"]["accuracy_k5"] <= 1.0 for result in found["results"])

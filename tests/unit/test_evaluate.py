@@ -9,8 +9,9 @@ from poa.backbones import architecture
 from poa.config import DataConfig, ViTConfig
 from poa.data import BadImage, ImageSource, open_source
 from poa.errors import DataError, PoaWarning
-from poa.evaluate import KnnConfig, Loading, evaluate_knn, extract_features, knn_accuracies, rankme
+from poa.evaluate import Knn, Loading, evaluate, extract_features, knn_accuracies, rankme, split
 from poa.family import Family, FamilyCard, Preprocessing
+from poa.models import family_members
 
 CONFIG = ViTConfig(widths=(16, 32), depths=(1, 2), head_dim=16, patch_size=4, image_size=8, num_channels=1)
 HOW = Preprocessing(8, 1, (0.3,), (0.35,))
@@ -153,8 +154,8 @@ def test_rankme_of_nothing_but_zeros_is_finite():
 
 def test_every_image_is_loaded_once_for_all_subnets_and_features_are_the_subnets_own(family):
     source = CountingSource("counting")
-    with extract_features(family.backbone, source, family.subnets, HOW, loading=Loading(batch_size=7)) as features:
-        found = {subnet: features.of(subnet).clone() for subnet in family.subnets}
+    with extract_features(family_members(family), source, loading=Loading(batch_size=7)) as features:
+        found = {subnet: features.of(str(subnet)).cls.clone() for subnet in family.subnets}
         assert features.indices.tolist() == list(range(30))
         assert features.skipped == ()
     assert source.loads.tolist() == [1] * 30
@@ -165,14 +166,22 @@ def test_every_image_is_loaded_once_for_all_subnets_and_features_are_the_subnets
         torch.testing.assert_close(found[subnet], family.features(images, subnet), rtol=1e-4, atol=1e-5)
 
 
+def test_several_depths_come_with_the_mean_patch_vector(family):
+    with extract_features(family_members(family), CountingSource("counting"), num_blocks=4) as features:
+        for subnet in family.subnets:
+            found = features.of(str(subnet))
+            assert len(found.blocks) == subnet.depths[0]
+            assert torch.equal(found.blocks[-1], found.cls)
+            assert found.pooled.shape == found.cls.shape
+            assert (found.labels.tolist(), found.num_classes) == ([0, 1, 2] * 10, 3)
+
+
 def test_only_the_chosen_images_are_loaded_and_progress_is_told(family):
     source, told = CountingSource("counting"), []
     chosen = np.array([3, 8, 21, 29])
     with extract_features(
-        family.backbone,
+        family_members(family)[:1],
         source,
-        family.subnets[:1],
-        HOW,
         indices=chosen,
         loading=Loading(batch_size=3),
         on_progress=told.append,
@@ -189,10 +198,10 @@ def test_features_beyond_the_budget_live_in_files_and_are_the_same(family, monke
     def extracted():
         source = CountingSource("counting", bad=[4])
         allowing = Loading(loading.batch_size, loading.num_workers, max_bad_share=0.5)
-        with extract_features(family.backbone, source, family.subnets, HOW, loading=allowing) as features:
-            in_files = all(isinstance(array, np.memmap) for array in features.by_subnet.values())
+        with extract_features(family_members(family), source, loading=allowing) as features:
+            in_files = all(isinstance(slot.arrays[0], np.memmap) for slot in features.slots.values())
             files = len(list(tmp_path.rglob("*.npy")))
-            return in_files, files, {subnet: features.of(subnet).clone() for subnet in family.subnets}
+            return in_files, files, {str(subnet): features.of(str(subnet)).cls.clone() for subnet in family.subnets}
 
     monkeypatch.setattr(features_module.tempfile, "tempdir", str(tmp_path))
     in_files, num_files, expected = extracted()
@@ -200,7 +209,7 @@ def test_features_beyond_the_budget_live_in_files_and_are_the_same(family, monke
     monkeypatch.setattr(features_module, "MEMORY_BUDGET", 1000)
     in_files, num_files, found = extracted()
     assert (in_files, num_files) == (True, len(family.subnets))
-    assert all(torch.equal(found[subnet], expected[subnet]) for subnet in family.subnets)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,21 +218,20 @@ def test_unreadable_images_are_left_out_and_reported(family):
     source = CountingSource("counting", bad=bad)
     whole = CountingSource("counting")
     loading = Loading(batch_size=6, max_bad_share=0.3)
-    with (
-        extract_features(family.backbone, source, family.subnets, HOW, loading=loading) as features,
-        extract_features(family.backbone, whole, family.subnets, HOW) as expected,
-    ):
+    members = family_members(family)
+    with extract_features(members, source, loading=loading) as features, extract_features(members, whole) as expected:
         good = [index for index in range(30) if index not in bad]
         assert features.indices.tolist() == good
         assert [tuple(image) for image in features.skipped] == [(f"image-{index}", "is broken") for index in bad]
-        for subnet in family.subnets:
-            torch.testing.assert_close(features.of(subnet), expected.of(subnet)[good], rtol=1e-5, atol=1e-6)
+        for name in map(str, family.subnets):
+            torch.testing.assert_close(features.of(name).cls, expected.of(name).cls[good], rtol=1e-5, atol=1e-6)
+            assert features.of(name).labels.tolist() == expected.of(name).labels[good].tolist()
 
 
 @pytest.mark.parametrize(("bad", "share"), [([1], 0.01), (range(16), 0.5), (range(30), 1.0)])
 def test_too_many_unreadable_images_are_refused_with_examples(family, bad, share):
     source = CountingSource("counting", bad=bad)
-    features = extract_features(family.backbone, source, family.subnets, HOW, loading=Loading(max_bad_share=share))
+    features = extract_features(family_members(family), source, loading=Loading(max_bad_share=share))
     with pytest.raises(DataError, match=rf"{len(bad)} of the 30 images .*image-1: is broken"), features:
         pytest.fail("the block must not run")
 
@@ -232,22 +240,22 @@ def digits(split):
     return open_source(f"digits:{split}", DataConfig(), 1)
 
 
+def evaluated_knn(family, train, test, subnets=None, k=(1, 10), **options):
+    knn = Knn(k=k)
+    return evaluate([knn], family_members(family, subnets), split(train, test, [knn]), **options)
+
+
 def test_knn_of_a_random_family_on_digits_is_between_chance_and_perfect(family):
     told = []
-    report = evaluate_knn(
-        family,
-        digits("train"),
-        digits("test"),
-        family.subnets,
-        knn=KnnConfig(ks=(1, 10)),
-        on_progress=lambda name, done: told.append((name, done)),
+    report = evaluated_knn(
+        family, digits("train"), digits("test"), on_progress=lambda name, done: told.append((name, done))
     )
     assert (report.num_train, report.num_test, report.skipped) == (1437, 360, ())
-    assert [result.subnet for result in report.results] == ["w16-d1", "w16-d2", "w32-d1", "w32-d2"]
+    assert [result.network for result in report.results] == ["w16-d1", "w16-d2", "w32-d1", "w32-d2"]
     for result, subnet in zip(report.results, family.subnets, strict=True):
-        assert list(result.accuracy) == [1, 10]
-        assert 0.3 < result.best < 0.999
-        assert result.best == max(result.accuracy.values())
+        assert list(result.figures) == ["accuracy", "accuracy_k1", "accuracy_k10"]
+        assert 0.3 < result.value < 0.999
+        assert result.value == max(result.figures.values())
         assert (result.num_params, result.flops) == (family.card.num_params(subnet), family.card.flops(subnet))
     assert told[-1] == ("test", 360)
     assert ("train", 1437) in told
@@ -255,40 +263,44 @@ def test_knn_of_a_random_family_on_digits_is_between_chance_and_perfect(family):
 
 def test_knn_of_a_subnet_equals_that_of_its_extracted_model(family):
     subnet = family.subnets[1]
-    report = evaluate_knn(family, digits("train"), digits("test"), [subnet], knn=KnnConfig(ks=(10,)))
+    report = evaluated_knn(family, digits("train"), digits("test"), [subnet], k=(10,))
     model = family.extract(subnet)
     features, labels = [], []
-    for split in ("train", "test"):
-        source = digits(split)
+    for part in ("train", "test"):
+        source = digits(part)
         pixels = np.stack([np.asarray(source.load(index)) for index in range(len(source))])
         with torch.inference_mode():
             features.append(model((torch.from_numpy(pixels).unsqueeze(1) / 255.0 - 0.3) / 0.35))
         labels.append(torch.from_numpy(source.labels))
     found = knn_accuracies(features[0], labels[0], features[1], labels[1], ks=[10])
-    assert abs(found[10] - report.results[0].accuracy[10]) <= 1 / 360
+    assert abs(found[10] - report.results[0].value) <= 1 / 360
 
 
 def test_labels_follow_their_images_when_some_are_left_out(family):
     train = CountingSource("train", bad=range(0, 30, 3))
-    report = evaluate_knn(
-        family,
-        train,
-        CountingSource("train"),
-        family.subnets[:1],
-        knn=KnnConfig(ks=(1,)),
-        loading=Loading(max_bad_share=0.5),
-    )
+    loading = Loading(max_bad_share=0.5)
+    report = evaluated_knn(family, train, CountingSource("train"), family.subnets[:1], k=(1,), loading=loading)
     assert (report.num_train, report.num_test, len(report.skipped)) == (20, 30, 10)
-    assert report.results[0].accuracy[1] == pytest.approx(20 / 30)
+    assert report.results[0].value == pytest.approx(20 / 30)
 
 
-def test_sources_of_other_classes_are_refused_with_their_names(family):
+def test_without_test_images_a_fifth_of_every_class_is_held_out(family):
+    source = CountingSource("counting")
+    report = evaluated_knn(family, source, None, k=(1,))
+    assert (report.num_train, report.num_test) == (24, 6)
+    assert source.loads.tolist() == [1] * 30
+    data = split(source, None, [Knn(k=(1,))])
+    assert np.bincount(source.labels[data.test_indices]).tolist() == [2, 2, 2]
+    assert set(data.train_indices) | set(data.test_indices) == set(range(30))
+
+
+def test_sources_of_other_classes_are_refused_with_their_names():
     with pytest.raises(DataError, match="different classes; only one of them has: c, d"):
-        evaluate_knn(family, CountingSource("one"), CountingSource("two", classes=("a", "b", "d")), family.subnets)
+        split(CountingSource("one"), CountingSource("two", classes=("a", "b", "d")), [Knn()])
 
 
-def test_a_source_without_labels_is_refused(family):
+def test_a_source_without_labels_is_refused():
     unlabelled = CountingSource("plain", classes=None)
     for train, test in ((unlabelled, CountingSource("x")), (CountingSource("x"), unlabelled)):
         with pytest.raises(DataError, match="plain has no labels"):
-            evaluate_knn(family, train, test, family.subnets)
+            split(train, test, [Knn(k=(1,))])

@@ -74,6 +74,14 @@ class Backbone(nn.Module, ABC):
         """The maps [B, C, h, w] at several depths: those that timm's `forward_intermediates` gives."""
 
     @abstractmethod
+    def last_blocks(self, image: Float[Tensor, "B c h w"], subnet: Subnet, num_blocks: int) -> list[Features]:
+        """The features at the last `num_blocks` depths (or as many as there are), deepest last.
+
+        The last one is what `forward` gives. Depths are blocks after the final norm for a ViT (DINO's linear
+        protocol), stages of the other architectures with the mean of the map as class vector.
+        """
+
+    @abstractmethod
     def num_layers(self) -> int:
         """The number of steps of the layer-wise learning-rate decay: blocks, and the embedding below them."""
 

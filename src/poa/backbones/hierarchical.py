@@ -68,6 +68,12 @@ class HierarchicalBackbone(Backbone):
         """See `Backbone.forward_intermediates`."""
         return self.stage_maps(image, subnet)
 
+    def last_blocks(self, image: Float[Tensor, "B c h w"], subnet: Subnet, num_blocks: int) -> list[Features]:
+        """See `Backbone.last_blocks`."""
+        *below, last = self.stage_maps(image, subnet)[-num_blocks:]
+        lower = [Features(part.mean(dim=(2, 3)), part.flatten(2).transpose(1, 2)) for part in below]
+        return [*lower, self._features(*self.read_out(last, subnet.width))]
+
     def timm_features(self, model: nn.Module, images: Float[Tensor, "B c h w"]) -> Features:
         """See `Backbone.timm_features`."""
         return self._features(*self.timm_read_out(model, images))

@@ -161,15 +161,26 @@ class ElasticViT(Backbone):
 
     def forward_intermediates(self, image: Float[Tensor, "B c h w"], subnet: Subnet) -> list[Float[Tensor, "B _ _ _"]]:
         """See `Backbone.forward_intermediates`: the patch vectors after each kept block, before the final norm."""
-        x = self._embed(image, None, subnet.width)
         grid = self._grid(image)
+        maps = (x[:, self.num_prefix_tokens :].transpose(1, 2) for x in self._block_tokens(image, subnet))
+        return [tokens.unflatten(2, grid) for tokens in maps]
+
+    def last_blocks(self, image: Float[Tensor, "B c h w"], subnet: Subnet, num_blocks: int) -> list[Features]:
+        """See `Backbone.last_blocks`."""
+        tokens = self._block_tokens(image, subnet)[-num_blocks:]
+        normed = [self.norm(x, subnet.width) for x in tokens]
+        return [Features(x[:, 0], x[:, self.num_prefix_tokens :]) for x in normed]
+
+    def _block_tokens(self, image: Tensor, subnet: Subnet) -> list[Float[Tensor, "B N C"]]:
+        """All tokens after each kept block."""
+        x = self._embed(image, None, subnet.width)
         rotations = self._rotations([image])
         shape = (x.shape[0], x.shape[1])
         x = x.flatten(0, 1)
         found = []
         for block in self.layout.stages[0].kept(subnet.depths[0]):
             x = self.blocks[block](x, (shape,), subnet.width, None, rotations)
-            found.append(x.unflatten(0, shape)[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid))
+            found.append(x.unflatten(0, shape))
         return found
 
     def _embed(self, image: Tensor, mask: Tensor | None, width: int) -> Float[Tensor, "B N C"]:

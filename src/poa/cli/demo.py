@@ -53,5 +53,5 @@ def _table(found: DemoResult) -> Table:
     for name in ("parameters", "k-NN", "untrained"):
         table.add_column(name, justify="right")
     for after, before in zip(found.results, found.untrained, strict=True):
-        table.add_row(after.subnet, f"{after.num_params:,}", f"{after.best:.1%}", f"{before.best:.1%}")
+        table.add_row(after.network, f"{after.num_params:,}", f"{after.value:.1%}", f"{before.value:.1%}")
     return table

@@ -4,6 +4,7 @@ from poa.config.augment import AugmentConfig, MaskConfig
 from poa.config.convnext import ConvNeXtConfig
 from poa.config.data import DataConfig
 from poa.config.files import from_dict, load_recipe, load_yaml, recipe_names, to_dict, to_yaml
+from poa.config.fit import FitConfig
 from poa.config.heads import HeadsConfig
 from poa.config.init import InitConfig
 from poa.config.model import MODEL_CONFIGS, ModelConfig
@@ -19,6 +20,7 @@ __all__ = [
     "AugmentConfig",
     "ConvNeXtConfig",
     "DataConfig",
+    "FitConfig",
     "HeadsConfig",
     "InitConfig",
     "MaskConfig",

@@ -79,8 +79,10 @@ def normalize(
     return crops.to(torch.float32).div_(255.0).sub_(shift).div_(scale)
 
 
-def eval_transform(image: Image.Image, size: int, crop_pct: float = 1.0) -> UInt8[np.ndarray, "channels size size"]:
-    """The shorter side resized to ⌊size / crop_pct⌋ (bicubic), then the central square, as timm evaluates.
+def eval_transform(
+    image: Image.Image, size: int, crop_pct: float = 1.0, interpolation: str = "bicubic"
+) -> UInt8[np.ndarray, "channels size size"]:
+    """The shorter side resized to ⌊size / crop_pct⌋, then the central square, as timm evaluates.
 
     Of images more than 16 times as long as wide, only what the square shows is resized, so that memory does
     not grow with the aspect; this equals timm's result up to rounding.
@@ -89,17 +91,19 @@ def eval_transform(image: Image.Image, size: int, crop_pct: float = 1.0) -> UInt
         image: of mode "L", "RGB" or "RGBA".
         size: side of the square in pixels.
         crop_pct: share of the shorter side that the square covers, more than 0 and at most 1.
+        interpolation: nearest, bilinear, bicubic, lanczos, box or hamming.
     """
+    resample = Image.Resampling[interpolation.upper()]
     width, height = image.size
     short, shorter = math.floor(size / crop_pct), min(width, height)
     resized = (int(short * width / shorter), int(short * height / shorter))
     left, top = (round((side - size) / 2.0) for side in resized)
     corners = (left, top, left + size, top + size)
     if max(resized) <= _MAX_ASPECT * short:
-        square = image.resize(resized, Image.Resampling.BICUBIC).crop(corners)
+        square = image.resize(resized, resample).crop(corners)
     else:
         box = _scaled_box(corners, (width / resized[0], height / resized[1]), image.size)
-        square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        square = image.resize((size, size), resample, box=box)
     return np.ascontiguousarray(np.asarray(square).reshape(size, size, -1).transpose(2, 0, 1))
 
 

@@ -1,17 +1,27 @@
-"""Evaluation of sub-networks: features once for all of them, then protocols on the features."""
+"""Evaluation of frozen networks: vectors once for all of them, then protocols on the vectors."""
 
-from poa.evaluate.features import Features, Loading, extract_features
-from poa.evaluate.knn import KnnConfig, KnnReport, KnnResult, evaluate_knn, knn_accuracies
+from poa.evaluate.base import Evaluator, Vectors
+from poa.evaluate.features import Extraction, Loading, extract_features
+from poa.evaluate.knn import Knn, knn_accuracies
 from poa.evaluate.rankme import rankme
+from poa.evaluate.report import Report, Result
+from poa.evaluate.run import Splits, evaluate, split
+from poa.evaluate.sweep import SweepResult, sweep
 
 __all__ = [
-    "Features",
-    "KnnConfig",
-    "KnnReport",
-    "KnnResult",
+    "Evaluator",
+    "Extraction",
+    "Knn",
     "Loading",
-    "evaluate_knn",
+    "Report",
+    "Result",
+    "Splits",
+    "SweepResult",
+    "Vectors",
+    "evaluate",
     "extract_features",
     "knn_accuracies",
     "rankme",
+    "split",
+    "sweep",
 ]

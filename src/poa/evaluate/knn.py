@@ -3,69 +3,53 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from poa.config.checks import require, require_positive
-from poa.data import ImageSource, SkippedImage
-from poa.elastic import Subnet
 from poa.errors import DataError, PoaWarning
-from poa.evaluate.features import DEFAULT_LOADING, Features, Loading, extract_features
-from poa.family import Family
+from poa.evaluate.base import Evaluator, Vectors, with_labels
 
 DEFAULT_KS = (10, 20, 100, 200)
 """The numbers of neighbours of DINO's protocol."""
 
 
 @dataclass(frozen=True)
-class KnnConfig:
-    """The numbers of the k-NN protocol."""
+class Knn(Evaluator):
+    """Weighted k-nearest-neighbour accuracy (Wu et al., 2018; DINO's protocol)."""
 
-    ks: tuple[int, ...] = DEFAULT_KS
+    name: ClassVar[str] = "knn"
+    summary: ClassVar[str] = "weighted k-nearest neighbours"
+    headline: ClassVar[str] = "accuracy"
+
+    k: tuple[int, ...] = DEFAULT_KS
     """Numbers of neighbours."""
     temp: float = 0.07
     """Temperature of the votes."""
 
     def __post_init__(self) -> None:
-        require(bool(self.ks) and min(self.ks) >= 1, "k", self.ks, "one or more numbers of 1 or more")
+        require(bool(self.k) and min(self.k) >= 1, "k", self.k, "one or more numbers of 1 or more")
         require_positive("temp", self.temp)
 
+    def check(self, train: Int[Tensor, "N"] | None, test: Int[Tensor, "M"] | None, num_classes: int) -> None:
+        """See `Evaluator.check`."""
+        del test, num_classes
+        if train is not None and len(train) < min(self.k):
+            raise DataError(
+                f"k-NN needs at least {min(self.k)} training images for k = {min(self.k)}; got {len(train)}."
+            )
 
-DEFAULT_KNN = KnnConfig()
-
-
-@dataclass(frozen=True)
-class KnnResult:
-    """k-NN accuracies of one sub-network."""
-
-    subnet: str
-    num_params: int
-    flops: int
-    accuracy: dict[int, float]
-    """For each k the share of test images classified right, 0-1."""
-
-    @property
-    def best(self) -> float:
-        """The best accuracy over all k."""
-        return max(self.accuracy.values())
-
-
-@dataclass(frozen=True)
-class KnnReport:
-    """The results of a k-NN evaluation."""
-
-    results: tuple[KnnResult, ...]
-    num_train: int
-    num_test: int
-    skipped: tuple[SkippedImage, ...]
+    def evaluate(self, train: Vectors, test: Vectors | None, reference: Vectors | None = None) -> dict[str, float]:
+        """`accuracy_k20` and so on, and `accuracy`: the best over k."""
+        del reference
+        found = knn_accuracies(*with_labels(train), *with_labels(test), ks=self.k, temp=self.temp)
+        return {"accuracy": max(found.values()), **{f"accuracy_k{k}": value for k, value in found.items()}}
 
 
 def knn_accuracies(
@@ -125,61 +109,3 @@ def _nearest(rows: Tensor, train: Tensor, labels: Tensor, k: int, chunk: int) ->
         best, order = best.topk(min(k, best.shape[1]), dim=1)
         best_labels = best_labels.gather(1, order)
     return best, best_labels
-
-
-def evaluate_knn(
-    family: Family,
-    train: ImageSource,
-    test: ImageSource,
-    subnets: Sequence[Subnet],
-    *,
-    knn: KnnConfig = DEFAULT_KNN,
-    loading: Loading = DEFAULT_LOADING,
-    on_progress: Callable[[str, int], None] | None = None,
-) -> KnnReport:
-    """k-NN of many sub-networks at once: every image is decoded once, memory stays bounded.
-
-    Args:
-        family: the family; it runs on the device that its weights are on.
-        train: labelled images that vote.
-        test: labelled images to classify.
-        subnets: the sub-networks.
-        knn: the protocol's numbers.
-        loading: batch size and workers.
-        on_progress: called with ("train" or "test", images done).
-
-    Raises:
-        DataError: a source has no labels, or their classes differ.
-    """
-    train_labels, test_labels = _labels(train), _labels(test)
-    if train.class_names and test.class_names and train.class_names != test.class_names:
-        only = sorted(set(train.class_names) ^ set(test.class_names))[:5]
-        raise DataError(
-            f"{train.spec} and {test.spec} have different classes; only one of them has: {', '.join(only)}."
-        )
-    how = family.card.preprocessing
-
-    def features(source: ImageSource, phase: str) -> AbstractContextManager[Features]:
-        report = None if on_progress is None else partial(on_progress, phase)
-        return extract_features(family.backbone, source, subnets, how, loading=loading, on_progress=report)
-
-    with features(train, "train") as seen, features(test, "test") as unseen:
-        truth = (torch.from_numpy(train_labels[seen.indices]), torch.from_numpy(test_labels[unseen.indices]))
-        results = tuple(
-            KnnResult(
-                str(subnet),
-                family.card.num_params(subnet),
-                family.card.flops(subnet),
-                knn_accuracies(seen.of(subnet), truth[0], unseen.of(subnet), truth[1], ks=knn.ks, temp=knn.temp),
-            )
-            for subnet in subnets
-        )
-        return KnnReport(results, len(seen.indices), len(unseen.indices), (*seen.skipped, *unseen.skipped))
-
-
-def _labels(source: ImageSource) -> np.ndarray:
-    if source.labels is None:
-        raise DataError(
-            f"{source.spec} has no labels. Give one folder for each class, or a parquet file with a label column."
-        )
-    return source.labels

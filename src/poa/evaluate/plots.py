@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from poa.elastic import Subnet
-from poa.evaluate.knn import KnnResult
+from poa.errors import SubnetError
+from poa.evaluate.report import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,24 +38,49 @@ def repeating(styles: Sequence[str], items: Iterable[ItemT]) -> Iterator[tuple[s
     return ((styles[index % len(styles)], item) for index, item in enumerate(items))
 
 
-def draw_front(axis: Axes, results: Sequence[KnnResult], references: Mapping[str, float]) -> None:
-    """Best k-NN accuracy against parameters: a line for each width, a dashed line for each reference."""
-    by_width: dict[int, list[KnnResult]] = defaultdict(list)
+def draw_front(
+    axis: Axes, results: Sequence[Result], references: Mapping[str, float], label: str = "k-NN accuracy, %"
+) -> None:
+    """The protocol's main figure against parameters: a line for each width, a dashed line for each reference.
+
+    Networks that are no sub-networks of a family are single points with their names.
+    """
+    by_width: dict[str, list[Result]] = defaultdict(list)
     for result in results:
-        by_width[Subnet.parse(result.subnet).width].append(result)
-    for colour, (width, members) in repeating(COLOURS, sorted(by_width.items())):
+        family, width, _ = _parts(result)
+        by_width[f"{family} {width}".strip() if width else ""].append(result)
+    alone = by_width.pop("", [])
+    for colour, (name, members) in repeating(COLOURS, by_width.items()):
         sizes = [member.num_params for member in members]
-        axis.plot(sizes, [100 * member.best for member in members], "o-", color=colour, label=f"width {width}")
+        axis.plot(sizes, [100 * member.value for member in members], "o-", color=colour, label=name)
         for member, size in zip(members, sizes, strict=True):
-            depth = member.subnet.split("-", 1)[1]
-            axis.annotate(depth, (size, 100 * member.best), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+            _annotate(axis, _parts(member)[2], size, member.value)
+    for member in alone:
+        axis.plot(member.num_params, 100 * member.value, "D", color="0.2")
+        _annotate(axis, member.network, member.num_params, member.value)
     for style, (name, value) in repeating(("--", ":", "-."), references.items()):
         axis.axhline(100 * value, color="0.4", linestyle=style, linewidth=1, label=f"{name} {value:.1%}")
     axis.set_xscale("log")
     axis.set_xlabel("parameters")
-    axis.set_ylabel("k-NN accuracy, %")
+    axis.set_ylabel(label)
     axis.set_title("Every sub-network of one run")
-    axis.legend(fontsize=8, frameon=False)
+    if by_width or references:
+        axis.legend(fontsize=8, frameon=False)
+
+
+def _parts(result: Result) -> tuple[str, str, str]:
+    """Family, width and depth of a sub-network's name; empty where it is no sub-network."""
+    family, _, name = result.network.rpartition("/")
+    try:
+        subnet = Subnet.parse(name.removesuffix(" untrained"))
+    except SubnetError:
+        return "", "", result.network
+    untrained = "untrained" if name.endswith(" untrained") else ""
+    return f"{family} {untrained}".strip(), f"width {subnet.width}", str(subnet).split("-", 1)[1]
+
+
+def _annotate(axis: Axes, text: str, size: int, value: float) -> None:
+    axis.annotate(text, (size, 100 * value), (0, 6), textcoords="offset points", ha="center", fontsize=7)
 
 
 def draw_curves(loss_axis: Axes, knn_axis: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:

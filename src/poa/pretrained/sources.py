@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,9 +14,8 @@ from torch import Tensor, nn
 from poa.backbones.from_timm import config_from_timm
 from poa.config import ModelConfig
 from poa.errors import CheckpointError, ConfigError
-from poa.family import CARD_FILE, family_directory, file_sha256, load, read_card
-
-TIMM_PREFIX = "timm:"
+from poa.family import file_sha256, load, read_card
+from poa.timm_models import TIMM_PREFIX, create_timm_model, is_family
 
 _DEPTH_FIELDS = ("depths", "stage2_depths", "stage3_depths")
 _MAX_WIDTHS = 9
@@ -57,17 +53,17 @@ def open_weights(spec: str) -> PublicWeights:
     """
     path = Path(spec)
     if spec.startswith(TIMM_PREFIX):
-        return _from_timm(spec, _timm_name(spec), name=spec.removeprefix(TIMM_PREFIX))
+        return _from_timm(spec, name=spec.removeprefix(TIMM_PREFIX))
     if path.suffix == ".safetensors":
         return _from_file(spec, path)
-    if _is_family(path):
+    if is_family(path):
         family = load(path)
         card = family.card
         origin = {"name": f"poa family {card.space.intact}", "family": dict(card.provenance)}
         origin["license"] = card.provenance.get("init", {}).get("license", "unknown")
         config = _one_member(card.config)
         return PublicWeights(spec, family.backbone.state_dict(), {"source": spec, **origin}, config)
-    return _from_timm(spec, _timm_directory(path), name=path.name)
+    return _from_timm(spec, name=path.name)
 
 
 class Grown(NamedTuple):
@@ -101,12 +97,11 @@ def grown_from(spec: str, base: ModelConfig) -> Grown | None:
         if not path.is_file():
             raise CheckpointError(f"there is no file {path} to start from.")
         return None
-    if not spec.startswith(TIMM_PREFIX) and _is_family(path):
+    if not spec.startswith(TIMM_PREFIX) and is_family(path):
         card = read_card(path)
         config, mean, std = card.config, card.preprocessing.mean, card.preprocessing.std
     else:
-        name = _timm_name(spec) if spec.startswith(TIMM_PREFIX) else _timm_directory(path)
-        model = _create(name, spec, pretrained=False)
+        model = create_timm_model(spec, pretrained=False)
         config = _with_space(config_from_timm(model))
         described: Any = getattr(model, "pretrained_cfg", None) or {}
         mean, std = (tuple(described.get(key) or ()) for key in ("mean", "std"))
@@ -117,8 +112,8 @@ def grown_from(spec: str, base: ModelConfig) -> Grown | None:
     return Grown(grown, mean, std)
 
 
-def _from_timm(spec: str, timm_name: str, name: str) -> PublicWeights:
-    model = _create(timm_name, spec, pretrained=True).eval()
+def _from_timm(spec: str, name: str) -> PublicWeights:
+    model = create_timm_model(spec, pretrained=True).eval()
     described = getattr(model, "pretrained_cfg", None) or {}
     origin = {
         "name": name,
@@ -139,49 +134,6 @@ def _from_file(spec: str, path: Path) -> PublicWeights:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
     origin = {"source": spec, "name": path.name, "license": "unknown", "sha256": file_sha256(path)}
     return PublicWeights(spec, state, origin)
-
-
-def _timm_name(spec: str) -> str:
-    name = spec.removeprefix(TIMM_PREFIX)
-    if not timm.is_model(name.partition(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_pretrained(), n=3, cutoff=0.5)
-        hint = f" Nearest: {', '.join(close)}." if close else ""
-        raise ConfigError(f"timm has no model {name!r}.{hint} `timm.list_pretrained()` lists those with weights.")
-    return name
-
-
-def _timm_directory(path: Path) -> str:
-    if not path.exists():
-        raise CheckpointError(
-            f"there is no {path} to start from. Give timm:NAME, a directory in timm's format, a family of poa, or a "
-            ".safetensors file."
-        )
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} holds no weights to start from: no config.json of timm, no {CARD_FILE} of poa.")
-    return f"local-dir:{path}"
-
-
-def _create(name: str, spec: str, *, pretrained: bool) -> nn.Module:
-    """The model as timm makes it; without weights it is empty (on the meta device)."""
-    try:
-        with torch.device("cpu" if pretrained else "meta"):
-            model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except Exception as error:
-        hint = ""
-        if pretrained and spec.startswith(TIMM_PREFIX):
-            hint = " Without a network, download the model elsewhere and give its directory."
-        raise CheckpointError(
-            f"timm cannot open {spec}: {type(error).__name__}: {str(error).rstrip('.')}.{hint}"
-        ) from error
-    return model
-
-
-def _is_family(path: Path) -> bool:
-    try:
-        family_directory(path)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _one_member(config: ModelConfig) -> ModelConfig:

@@ -14,6 +14,7 @@ from poa.elastic import SearchSpace, Subnet
 from poa.errors import PoaWarning
 from poa.evaluate import Loading, extract_features, knn_accuracies, rankme
 from poa.family import Preprocessing
+from poa.models import RunningMember
 from poa.randomness import generator
 
 KNN_K = 20
@@ -47,11 +48,9 @@ class Monitor:
         """
         training = backbone.training
         backbone.eval()
-        seen = extract_features(
-            backbone, self.source, self.subnets, self.how, indices=self.indices, loading=Loading(max_bad_share=1.0)
-        )
-        with seen as features:
-            found = {str(subnet): self._figures(features.of(subnet), features.indices) for subnet in self.subnets}
+        networks = [RunningMember(backbone, subnet, self.how) for subnet in self.subnets]
+        with extract_features(networks, self.source, indices=self.indices, loading=Loading(max_bad_share=1.0)) as seen:
+            found = {each.name: self._figures(seen.of(each.name).cls, seen.indices) for each in networks}
         backbone.train(training)
         for subnet, figures in found.items() if warn else ():
             if figures["rankme"] < self.config.collapse_rank:

@@ -1,0 +1,80 @@
+"""`poa evaluate knn`, `linear`, …: one registered evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+from tyro.conf import OmitArgPrefixes
+
+from poa.cli.evaluate.options import (
+    ImageOptions,
+    NetworkOptions,
+    check_outputs,
+    loading_of,
+    print_results,
+    progress_bars,
+    report_skipped,
+)
+from poa.config import to_dict
+from poa.evaluate import Evaluator, Report, Result, evaluate, split
+from poa.evaluate.registry import EVALUATORS
+from poa.evaluate.report import write_csv, write_results
+
+EvaluatorT = TypeVar("EvaluatorT", bound=Evaluator)
+
+
+@dataclass(frozen=True)
+class EvaluateFrozen(Generic[EvaluatorT]):
+    """Measure frozen networks; every image is decoded once for all of them."""
+
+    over: OmitArgPrefixes[NetworkOptions]
+    on: OmitArgPrefixes[ImageOptions]
+    protocol: Annotated[EvaluatorT, OmitArgPrefixes]
+    json: Path | None = None
+    """Write everything to this JSON file too."""
+    csv: Path | None = None
+    """Write the table to this CSV file too."""
+    picture: Path | None = None
+    """Draw the main figure against the parameters into this PNG file."""
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Runs the command."""
+    kind: Any = EvaluateFrozen[EVALUATORS[name]]  # type: ignore[valid-type]
+    command: EvaluateFrozen[Any] = tyro.cli(kind, prog=f"poa evaluate {name}", args=list(arguments))
+    check_outputs(command.json, command.csv, command.picture)
+    networks, runtime = command.over.open()
+    train, test = command.on.open(networks[0].preprocessing.num_channels)
+    data = split(train, test, [command.protocol], command.over.seed)
+    with progress_bars(data) as on_progress:
+        loading = loading_of(command.over, command.on, runtime)
+        report = evaluate([command.protocol], networks, data, loading=loading, on_progress=on_progress)
+    report_skipped(report.skipped)
+    on = f"{report.num_train:,} training and {report.num_test:,} test images" if report.num_test else "images"
+    print_results(report.results, f"{name}, {on if report.num_test else f'{report.num_train:,} images'}")
+    _write(command, name, report)
+    return 0
+
+
+def _write(command: EvaluateFrozen[Any], name: str, report: Report) -> None:
+    if command.json is not None:
+        described = {"protocol": name, "options": to_dict(command.protocol), "data": to_dict(command.on)}
+        write_results(command.json, report, described)
+    if command.csv is not None:
+        write_csv(command.csv, report.results)
+    if command.picture is not None:
+        draw_picture(command.picture, report.results)
+
+
+def draw_picture(path: Path, results: Sequence[Result]) -> None:
+    """Draws the protocol's main figure against the parameters."""
+    from poa.evaluate.plots import draw_front, new_figure, save_figure
+
+    figure, axes = new_figure(7, 4.5, 1)
+    draw_front(axes[0], results, {}, f"{results[0].protocol} {results[0].headline}, %")
+    axes[0].set_title("")
+    save_figure(figure, path)

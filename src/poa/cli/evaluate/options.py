@@ -1,0 +1,139 @@
+"""What the commands of `poa evaluate` have in common: options, opening, progress, tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from poa.config import DataConfig, RuntimeConfig
+from poa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from poa.data import ImageSource, SkippedImage
+    from poa.evaluate import Loading, Result, Splits
+    from poa.models import Candidate
+    from poa.runtime import Runtime
+
+_MAX_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Which networks, and where they compute."""
+
+    networks: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Runs or families of poa, directories in timm's format, or timm:NAME."""
+    subnets: tuple[str, ...] = ("all",)
+    """Of families: names like w384-d12; all, smallest, middle, intact."""
+    untrained: bool = False
+    """Measure the same networks with fresh weights too, to compare with."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto: CUDA where there is one, else MPS, else the CPU."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    num_workers: int = -1
+    """Processes that decode; -1 chooses."""
+    seed: int = 0
+    """Of everything that is drawn: held-out images, fresh weights."""
+
+    def open(self) -> tuple[list[Candidate], Runtime]:
+        """The networks on their device, and where they compute."""
+        from poa.models import open_models
+        from poa.runtime import resolve_runtime
+
+        if not self.subnets:
+            raise ConfigError("--subnets names none. Give names like w384-d12, or all, smallest, middle, intact.")
+        runtime = resolve_runtime(RuntimeConfig(device=self.device, num_workers=self.num_workers))
+        found = open_models(self.networks, self.subnets)
+        if self.untrained:
+            found += open_models(self.networks, self.subnets, untrained_seed=self.seed)
+        for network in found:
+            network.to(runtime.device)
+        return found, runtime
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Which images."""
+
+    train: Annotated[str, tyro.conf.arg(aliases=("--data",))]
+    """Images to learn from: a folder with one folder for each class, a .parquet file, or digits:train."""
+    test: str | None = None
+    """Images to test on; without them a fifth of every class of --train is held out, where a protocol needs them."""
+    image_column: str = "image"
+    """Parquet: the column with the encoded images."""
+    label_column: str = "label"
+    """Parquet: the column with the labels."""
+    max_bad_share: float = 0.01
+    """Refuse when more than this share of the images cannot be read; below, they are left out and reported."""
+
+    def open(self, num_channels: int) -> tuple[ImageSource, ImageSource | None]:
+        """The training and the test images."""
+        from poa.data import open_source
+
+        data = DataConfig("", self.image_column, self.label_column, self.max_bad_share)
+        train = open_source(self.train, data, num_channels)
+        return train, None if self.test is None else open_source(self.test, data, num_channels)
+
+
+def loading_of(networks: NetworkOptions, images: ImageOptions, runtime: Runtime) -> Loading:
+    """How images are read."""
+    from poa.evaluate import Loading
+
+    return Loading(networks.batch_size, runtime.num_workers, images.max_bad_share)
+
+
+@contextmanager
+def progress_bars(data: Splits) -> Iterator[Callable[[str, int], None]]:
+    """Bars for the training and the test images."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        totals = {"train": data.num_train, "test": data.num_test}
+        tasks = {name: progress.add_task(name, total=total) for name, total in totals.items() if total}
+        yield lambda name, done: progress.update(tasks[name], completed=done)
+
+
+def report_skipped(skipped: Sequence[SkippedImage]) -> None:
+    """Says which images were left out."""
+    for bad in skipped:
+        print(f"left out: {bad.name}: {bad.reason}", file=sys.stderr)
+
+
+def print_results(results: Sequence[Result], title: str) -> None:
+    """A table with a row for each network and a column for each figure."""
+    table = Table(title=title)
+    table.add_column("network", no_wrap=True)
+    table.add_column("parameters", justify="right")
+    names = list(dict.fromkeys(name for result in results for name in result.figures))
+    for name in names[:_MAX_COLUMNS]:
+        table.add_column(name, justify="right")
+    for result in results:
+        cells = [formatted(result.figures.get(name)) for name in names[:_MAX_COLUMNS]]
+        table.add_row(result.network, f"{result.num_params:,}", *cells)
+    Console().print(table)
+    if len(names) > _MAX_COLUMNS:
+        print(f"and {len(names) - _MAX_COLUMNS} more figures: {', '.join(names[_MAX_COLUMNS:])} (--json has all)")
+
+
+def formatted(value: float | None) -> str:
+    """A figure for a table."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Refuses files that cannot be written, before work starts."""
+    from poa.files import check_writable
+
+    for path in paths:
+        if path is not None:
+            check_writable(path)

@@ -1,0 +1,71 @@
+"""Where vectors are kept while they are computed: in memory, or in files that a stopped extraction goes on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from poa.files import write_json
+
+PROGRESS_FILE = "progress.json"
+
+
+class Slot:
+    """The vectors of one network on one set of images: an array for each depth, a row for each image that was read.
+
+    Attributes:
+        num_images: images that are done, those that could not be read among them.
+        num_rows: rows that are filled.
+    """
+
+    def __init__(self, folder: Path | None, num_total: int) -> None:
+        self.folder = folder
+        self.num_total = num_total
+        self.num_images = 0
+        self.num_rows = 0
+        self.arrays: list[np.ndarray] = []
+        if folder is not None and (folder / PROGRESS_FILE).is_file():
+            progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+            self.num_images, self.num_rows = progress["num_images"], progress["num_rows"]
+            files = [folder / f"{index}.npy" for index in range(progress["num_arrays"])]
+            self.arrays = [np.lib.format.open_memmap(file, "r+") for file in files]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every image is done."""
+        return self.num_images == self.num_total
+
+    def put(self, row: int, parts: Sequence[np.ndarray]) -> None:
+        """Fills rows from `row` on; the first call makes the arrays."""
+        if not self.arrays:
+            self.arrays = [self._made(index, part.shape[1]) for index, part in enumerate(parts)]
+        for array, part in zip(self.arrays, parts, strict=True):
+            array[row : row + len(part)] = part
+
+    def advance(self, num_images: int, num_rows: int) -> None:
+        """Says how much is done."""
+        self.num_images, self.num_rows = num_images, num_rows
+
+    def flush(self) -> None:
+        """Makes what is done outlive this process."""
+        if self.folder is None or not self.arrays:
+            return
+        for array in self.arrays:
+            if isinstance(array, np.memmap):
+                array.flush()
+        progress = {"num_images": self.num_images, "num_rows": self.num_rows, "num_arrays": len(self.arrays)}
+        write_json(self.folder / PROGRESS_FILE, progress)
+
+    def rows(self) -> list[np.ndarray]:
+        """The arrays, the filled rows only."""
+        return [array[: self.num_rows] for array in self.arrays]
+
+    def _made(self, index: int, width: int) -> np.ndarray:
+        shape = (self.num_total, width)
+        if self.folder is None:
+            return np.empty(shape, np.float32)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return np.lib.format.open_memmap(self.folder / f"{index}.npy", "w+", np.float32, shape)
