@@ -15,6 +15,7 @@ from poa.elastic import SearchSpace, Subnet, num_params
 from poa.errors import CheckpointError, ConfigError, ExtractionError
 from poa.files import replace_directory, write_json
 from poa.randomness import derived_seed
+from poa.task_head import TaskHead, read_head
 from poa.version import __version__
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class Verification:
     max_abs_difference: float
     tolerance: float
     num_probe_images: int
+    logits_relative_difference: float | None = None
+    """The same of the logits, where the family has a classifier."""
 
 
 class Family:
@@ -97,11 +100,13 @@ class Family:
     Attributes:
         card: architecture, search space, preprocessing and provenance.
         backbone: the super-network, in evaluation mode.
+        head: the classifier that its sub-networks share, where it was fine-tuned (`poa finetune --elastic`).
     """
 
-    def __init__(self, card: FamilyCard, backbone: Backbone) -> None:
+    def __init__(self, card: FamilyCard, backbone: Backbone, head: TaskHead | None = None) -> None:
         self.card = card
         self.backbone = backbone.eval().requires_grad_(False)
+        self.head = head
 
     @property
     def space(self) -> SearchSpace:
@@ -118,6 +123,19 @@ class Family:
         found: list[Features] = self.backbone([images], self.space.parse(subnet))
         return found[0].cls
 
+    def logits(self, images: Float[Tensor, "B c h w"], subnet: str | Subnet) -> Float[Tensor, "B K"]:
+        """The logits of normalised images, computed by the sub-network inside the super-network.
+
+        Raises:
+            ConfigError: the family has no classifier.
+        """
+        if self.head is None:
+            raise ConfigError("this family has no classifier. `poa finetune --elastic` makes one that has.")
+        vectors = self.features(images, subnet)
+        state = self.head.state(self.backbone.layout.features, self.space.parse(subnet).width)
+        found: Tensor = vectors @ state["weight"].to(vectors).T + state["bias"].to(vectors)
+        return found
+
     def extract(self, subnet: str | Subnet, image_size: int | None = None, *, drop_path: float = 0.0) -> nn.Module:
         """The sub-network as an ordinary timm model with its own weights, in evaluation mode.
 
@@ -128,7 +146,8 @@ class Family:
             drop_path: rate of stochastic depth at the last block, for training it further.
 
         Returns:
-            A timm model of a stock class with `num_classes=0`: calling it gives the class vectors [B, C].
+            A timm model of a stock class with `num_classes=0`: calling it gives the class vectors [B, C]. The family's
+            classifier, if it has one, is left out.
 
         Raises:
             SubnetError: the family has no such sub-network.
@@ -150,6 +169,8 @@ class Family:
     ) -> Verification:
         """Writes a directory that `timm.create_model("local-dir:DIRECTORY", pretrained=True)` opens without poa.
 
+        Where the family has a classifier, so has the written model: calling it gives the logits.
+
         The written model is opened with timm again and compared with the sub-network on a probe batch; the
         difference is recorded in `poa.json` beside it.
 
@@ -163,7 +184,10 @@ class Family:
         with replace_directory(Path(directory), overwrite=overwrite) as scratch:
             self.write_timm(member, scratch, size)
             model = open_timm_directory(scratch)
-            found = self.verify(member, lambda images: self.backbone.timm_features(model, images), size)
+            classify = None if self.head is None else model
+            found = self.verify(
+                member, lambda images: self.backbone.timm_features(model, images), size, classify=classify
+            )
             write_json(scratch / "poa.json", self.record(member, size, found))
         return found
 
@@ -172,8 +196,13 @@ class Family:
         from safetensors.torch import save_file
 
         state = self.backbone.timm_state(member, image_size)
+        config = self.timm_config(member, image_size)
+        if self.head is not None:
+            part = config["pretrained_cfg"]["classifier"]
+            head = self.head.state(self.backbone.layout.features, member.width)
+            state |= {f"{part}.{name}": tensor for name, tensor in head.items()}
         save_file({name: part.contiguous() for name, part in state.items()}, directory / "model.safetensors")
-        write_json(directory / "config.json", self._timm_config(member, image_size))
+        write_json(directory / "config.json", config)
 
     def record(self, member: Subnet, image_size: int, found: Verification) -> dict[str, Any]:
         """What is written beside an extracted network: where it came from, its size, and that it is exact."""
@@ -185,11 +214,18 @@ class Family:
             "verification": to_dict(found),
             "provenance": dict(self.card.provenance),
             "family_weights_sha256": self.card.weights_sha256,
+            **({} if self.head is None else {"classes": list(self.head.class_names)}),
             "poa_version": __version__,
         }
 
     def verify(
-        self, subnet: Subnet, read: Callable[[Tensor], Features], image_size: int, num_images: int = 4
+        self,
+        subnet: Subnet,
+        read: Callable[[Tensor], Features],
+        image_size: int,
+        num_images: int = 4,
+        *,
+        classify: Callable[[Tensor], Tensor] | None = None,
     ) -> Verification:
         """Compares an extracted model with the sub-network on a probe batch of random images.
 
@@ -198,6 +234,7 @@ class Family:
             read: gives the extracted model's features of a batch of images.
             image_size: side of the images.
             num_images: how many.
+            classify: gives the extracted model's logits, where the family has a classifier.
 
         Raises:
             ExtractionError: they differ by more than `TOLERANCE`.
@@ -212,17 +249,21 @@ class Family:
             theirs = read(images)
             expected = torch.cat([ours.cls.unsqueeze(1), ours.patches], dim=1)
             difference = torch.cat([theirs.cls.unsqueeze(1), theirs.patches], dim=1) - expected
-        relative = float(difference.norm() / expected.norm())
-        found = Verification(str(subnet), relative, float(difference.abs().max()), TOLERANCE, num_images)
-        if not relative <= TOLERANCE:
+            relative, of_logits = float(difference.norm() / expected.norm()), None
+            if classify is not None:
+                logits = self.logits(images, subnet)
+                of_logits = float((classify(images) - logits).norm() / logits.norm())
+        found = Verification(str(subnet), relative, float(difference.abs().max()), TOLERANCE, num_images, of_logits)
+        worst = max(relative, of_logits or 0.0)
+        if not worst <= TOLERANCE:
             raise ExtractionError(
-                f"the model extracted for {subnet} differs from the sub-network by {relative:.2e} relative, more than "
+                f"the model extracted for {subnet} differs from the sub-network by {worst:.2e} relative, more than "
                 f"{TOLERANCE:g}. It was not kept. Please report this with the family's family.json."
             )
         return found
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Writes the family: `weights.safetensors` and `family.json`, both or nothing.
+        """Writes the family, all or nothing: `weights.safetensors`, `family.json`, and its classifier where it has one.
 
         Raises:
             CheckpointError: the directory holds something and `overwrite` is False.
@@ -242,6 +283,8 @@ class Family:
                 "provenance": dict(self.card.provenance),
             }
             write_json(scratch / CARD_FILE, card)
+            if self.head is not None:
+                self.head.save(scratch)
 
     def to(self, device: str | torch.device) -> Family:
         """The same family with its weights on that device."""
@@ -263,12 +306,14 @@ class Family:
         init = self.card.provenance.get("init", {})
         return {"license": init["license"]} if "license" in init else {}
 
-    def _timm_config(self, subnet: Subnet, image_size: int) -> dict[str, Any]:
+    def timm_config(self, subnet: Subnet, image_size: int) -> dict[str, Any]:
+        """What timm's `config.json` says of an extracted network."""
+        num_classes = 0 if self.head is None else self.head.num_classes
         made = self.backbone.timm_model(subnet, image_size)
         how = self.card.preprocessing
         return {
             "architecture": made.architecture,
-            "num_classes": 0,
+            "num_classes": num_classes,
             "num_features": self.backbone.layout.features.active(subnet.width),
             "global_pool": made.global_pool,
             "model_args": made.arguments,
@@ -282,10 +327,11 @@ class Family:
                 "crop_mode": "center",
                 "mean": list(how.per_channel(how.mean)),
                 "std": list(how.per_channel(how.std)),
-                "num_classes": 0,
+                "num_classes": num_classes,
                 **made.pretrained_cfg,
                 **self._licence(),
             },
+            **({} if self.head is None else {"label_names": list(self.head.class_names)}),
         }
 
 
@@ -310,7 +356,7 @@ def load(path: str | Path) -> Family:
         backbone.load_state_dict(load_file(weights), strict=True, assign=True)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{weights} does not fit the architecture in {CARD_FILE}: {error}") from error
-    return Family(card, backbone)
+    return Family(card, backbone, read_head(folder, backbone.layout.features))
 
 
 def family_directory(path: str | Path) -> Path:

@@ -186,7 +186,8 @@ class TimmCandidate(Candidate):
     def network(self, image_size: int | tuple[int, int] | None = None, *, drop_path: float = 0.0) -> nn.Module:
         """See `Candidate.network`."""
         sides = _sides(image_size, self.preprocessing.image_size)
-        model = create_timm_model(self.source, pretrained=False, empty=False, drop_path_rate=drop_path)
+        training = {"drop_path_rate": drop_path} if drop_path else {}
+        model = create_timm_model(self.source, pretrained=False, empty=False, **training)
         model.load_state_dict(self.model.state_dict(), strict=True)
         own = self.preprocessing.image_size
         return model.eval() if sides == (own, own) else resized(model.eval(), sides, self.source)

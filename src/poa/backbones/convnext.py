@@ -108,7 +108,7 @@ class ElasticConvNeXt(HierarchicalBackbone):
     def timm_read_out(self, model: nn.Module, images: Float[Tensor, "B c H W"]) -> tuple[Float[Tensor, "B C"], Map]:
         """See `HierarchicalBackbone.timm_read_out`."""
         last = model.forward_features(images)  # type: ignore[operator]
-        return model.forward_head(last), model.head.norm(last)  # type: ignore[operator]
+        return model.forward_head(last, pre_logits=True), model.head.norm(last)  # type: ignore[operator]
 
     def num_layers(self) -> int:
         """See `Backbone.num_layers`."""

@@ -110,7 +110,7 @@ class ElasticResNet(HierarchicalBackbone):
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C h w"]]:
         """See `HierarchicalBackbone.timm_read_out`."""
         last = model.forward_features(images)  # type: ignore[operator]
-        return model.forward_head(last), last  # type: ignore[operator]
+        return model.forward_head(last, pre_logits=True), last  # type: ignore[operator]
 
     def num_layers(self) -> int:
         """See `Backbone.num_layers`."""

@@ -220,7 +220,7 @@ class ElasticSwin(HierarchicalBackbone):
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C h w"]]:
         """See `HierarchicalBackbone.timm_read_out`."""
         last = model.forward_features(images)  # type: ignore[operator]
-        return model.forward_head(last), last.permute(0, 3, 1, 2)  # type: ignore[operator]
+        return model.forward_head(last, pre_logits=True), last.permute(0, 3, 1, 2)  # type: ignore[operator]
 
     def _kept(self, subnet: Subnet) -> list[tuple[int, ...]]:
         """For each stage the blocks that the sub-network runs."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class Extract:
     """Cut one sub-network out of a family into a directory that timm or transformers opens without poa.
 
+    Of a family from `poa finetune --elastic` it is cut with its classifier.
+
     The written model is opened again and compared with the sub-network on a probe batch; it is refused if they
     differ.
     """
@@ -49,11 +51,15 @@ def run(arguments: Sequence[str]) -> int:
         raise SubnetError(f"`poa extract` cuts out one sub-network; {command.subnet!r} names {len(subnets)}.")
     subnet = subnets[0]
     save = family.save_subnet if command.format == "timm" else _transformers_writer(family)
-    found = save(subnet, command.out, image_size=command.image_size, overwrite=command.overwrite)
+    found: Verification = save(subnet, command.out, image_size=command.image_size, overwrite=command.overwrite)
+    logits = found.logits_relative_difference
     print(f"{subnet}: {family.card.num_params(subnet):,} parameters, written to {command.out}")
+    if family.head is not None and command.format == "timm":
+        print(f"It classifies {family.head.num_classes} classes: {_listed(family.head.class_names)}")
     print(
         f"Compared with the family on {found.num_probe_images} probe images: relative difference "
         f"{found.relative_difference:.1e} (allowed: {found.tolerance:g}), largest {found.max_abs_difference:.1e}"
+        + ("" if logits is None else f", of the logits {logits:.1e}")
     )
     opener = {
         "timm": f'timm.create_model("local-dir:{command.out}", pretrained=True)',
@@ -61,6 +67,10 @@ def run(arguments: Sequence[str]) -> int:
     }
     print(f"Open it with: {opener[command.format]}")
     return 0
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _transformers_writer(family: Family) -> Callable[..., Verification]:

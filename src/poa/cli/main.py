@@ -17,6 +17,7 @@ COMMANDS = {
     "pretrain": "pre-train a family on a folder of images (or a parquet file)",
     "subnets": "list the sub-networks of a family with their sizes",
     "extract": "cut one sub-network out of a family into a timm directory",
+    "finetune": "train a network, or a whole family, to classify labelled images",
     "evaluate": "measure sub-networks: `poa evaluate knn`",
     "demo": "pre-train on handwritten digits and look at the result, in minutes",
 }

@@ -3,7 +3,9 @@
 from poa.config.augment import AugmentConfig, MaskConfig
 from poa.config.convnext import ConvNeXtConfig
 from poa.config.data import DataConfig
+from poa.config.detect import DETECT_FIT, DetectConfig
 from poa.config.files import from_dict, load_recipe, load_yaml, recipe_names, to_dict, to_yaml
+from poa.config.finetune import ElasticConfig, FinetuneConfig
 from poa.config.fit import FitConfig
 from poa.config.heads import HeadsConfig
 from poa.config.init import InitConfig
@@ -16,10 +18,14 @@ from poa.config.swin import SwinConfig
 from poa.config.vit import ViTConfig
 
 __all__ = [
+    "DETECT_FIT",
     "MODEL_CONFIGS",
     "AugmentConfig",
     "ConvNeXtConfig",
     "DataConfig",
+    "DetectConfig",
+    "ElasticConfig",
+    "FinetuneConfig",
     "FitConfig",
     "HeadsConfig",
     "InitConfig",

@@ -33,6 +33,8 @@ class FitConfig:
     """Leave the backbone's weights as they are and train the head only."""
     evaluate_every: int = 1
     """Epochs from one evaluation to the next; the last epoch is evaluated in any case."""
+    patience: int = 0
+    """Stop when this many epochs in a row brought no better figure; 0: never."""
     seed: int = 0
     """Of fresh weights, order, augmentation and dropout."""
 
@@ -45,4 +47,5 @@ class FitConfig:
             require_non_negative(f"fit.{name}", getattr(self, name))
         require_probability("fit.ema_decay", self.ema_decay)
         require(self.min_lr <= self.lr, "fit.min_lr", self.min_lr, f"at most fit.lr = {self.lr:g}")
+        require(self.patience >= 0, "fit.patience", self.patience, "0 or more")
         require(self.seed >= 0, "fit.seed", self.seed, "0 or more")

@@ -4,7 +4,15 @@ from poa.data.augment import MultiCrop, eval_transform, normalize
 from poa.data.bad_images import BadImageLog
 from poa.data.base import ImageSource, SkippedImage
 from poa.data.decode import BadImage, decode_image
-from poa.data.loader import Batch, BatchLoader, MultiCropBatches, make_loader, resolve_num_workers
+from poa.data.labels import LabelledImages, hold_out, open_labelled, with_classes_of
+from poa.data.loader import (
+    Batch,
+    BatchLoader,
+    MultiCropBatches,
+    first_readable,
+    make_loader,
+    resolve_num_workers,
+)
 from poa.data.masking import batch_masks, block_mask
 from poa.data.sampler import EpochPlan
 from poa.data.sources import SOURCES, open_source
@@ -18,6 +26,7 @@ __all__ = [
     "BatchLoader",
     "EpochPlan",
     "ImageSource",
+    "LabelledImages",
     "MultiCrop",
     "MultiCropBatches",
     "SkippedImage",
@@ -29,8 +38,12 @@ __all__ = [
     "decode_image",
     "draw_view",
     "eval_transform",
+    "first_readable",
+    "hold_out",
     "make_loader",
     "normalize",
+    "open_labelled",
     "open_source",
     "resolve_num_workers",
+    "with_classes_of",
 ]

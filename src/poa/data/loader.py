@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -23,6 +23,8 @@ from poa.data.masking import batch_masks
 from poa.data.sampler import EpochPlan
 from poa.errors import DataError
 from poa.randomness import generator
+
+ItemT = TypeVar("ItemT")
 
 _MAX_UNREADABLE = 100
 _MAX_WORKERS = 16
@@ -85,21 +87,8 @@ class MultiCropBatches(Dataset[Batch]):
     def _sample(
         self, epoch: int, index: int, skipped: list[SkippedImage]
     ) -> tuple[UInt8[np.ndarray, "2 C H W"], UInt8[np.ndarray, "L C h w"]]:
-        image = self._readable(index, skipped)
+        image, _ = first_readable(self.source, range(len(self.source)), index, skipped)
         return self._crops(image, lambda crop: generator(self.plan.seed, "augment", epoch, index, crop))
-
-    def _readable(self, index: int, skipped: list[SkippedImage]) -> Image.Image:
-        for step in range(_MAX_UNREADABLE):
-            candidate = (index + step) % len(self.source)
-            try:
-                return self.source.load(candidate)
-            except BadImage as error:
-                skipped.append(SkippedImage(self.source.image_name(candidate), error.reason))
-        last = "".join(f"\n  {name}: {reason}" for name, reason in skipped[-3:])
-        raise DataError(
-            f"{_MAX_UNREADABLE} images of {self.source.spec!r} in a row cannot be read; the last:{last}\n"
-            f"Is the disk still there? If the files are broken, remove them and start again."
-        )
 
     def _masks(self, epoch: int, indices: Int64[np.ndarray, " B"], micro_step: int) -> Bool[np.ndarray, "2*B N"]:
         seed, size = self.plan.seed, len(indices)
@@ -112,39 +101,68 @@ class MultiCropBatches(Dataset[Batch]):
         return batch_masks(NUM_GLOBAL_CROPS * size, self.grid, self.mask_config, rng_for_targets, rng_for_row)
 
 
-class BatchLoader(DataLoader[Batch]):
+def first_readable(
+    source: ImageSource, indices: Sequence[int] | Int64[np.ndarray, " N"], place: int, skipped: list[SkippedImage]
+) -> tuple[Image.Image, int]:
+    """The first image that can be read, from `indices[place]` on and around, and its place in `indices`.
+
+    Args:
+        source: the images.
+        indices: those of them that may stand in for one another.
+        place: where to begin.
+        skipped: those that cannot be read are added to it.
+
+    Raises:
+        DataError: 100 images in a row cannot be read.
+    """
+    for step in range(_MAX_UNREADABLE):
+        found = (place + step) % len(indices)
+        try:
+            return source.load(int(indices[found])), found
+        except BadImage as error:
+            skipped.append(SkippedImage(source.image_name(int(indices[found])), error.reason))
+    last = "".join(f"\n  {name}: {reason}" for name, reason in skipped[-3:])
+    raise DataError(
+        f"{_MAX_UNREADABLE} images of {source.spec!r} in a row cannot be read; the last:{last}\n"
+        f"Is the disk still there? If the files are broken, remove them and start again."
+    )
+
+
+class BatchLoader(DataLoader[ItemT]):
     """A `DataLoader` whose `DataError`s arrive as they were raised, without a worker's traceback in them."""
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[ItemT]:  # type: ignore[override]
         for item in super().__iter__():
             if isinstance(item, DataError):
                 raise item
             yield item
 
 
-class _ErrorsAsItems(Dataset[Batch | DataError]):
+class _ErrorsAsItems(Dataset[ItemT | DataError]):
     """Gives a `DataError` back instead of raising it, so that it crosses the process unchanged."""
 
-    def __init__(self, batches: MultiCropBatches) -> None:
+    def __init__(self, batches: Dataset[ItemT]) -> None:
         self.batches = batches
 
-    def __getitem__(self, micro_step: int) -> Batch | DataError:
+    def __getitem__(self, micro_step: int) -> ItemT | DataError:
         try:
             return self.batches[micro_step]
         except DataError as error:
             return error
 
 
-def make_loader(batches: MultiCropBatches, first: int, last: int, num_workers: int, pin_memory: bool) -> BatchLoader:
-    """Micro-batches first … last − 1 in order; the same ones for any number of workers.
+def make_loader(
+    batches: Dataset[ItemT], first: int, last: int, num_workers: int, pin_memory: bool
+) -> BatchLoader[ItemT]:
+    """Items first … last − 1 of a data set of batches in order; the same ones for any number of workers.
 
     Workers run one thread each and leave SIGINT and SIGTERM to this process. Without workers, OpenCV is set
     to one thread in this process: on crops of this size its threads cost more than they give.
 
     Args:
-        batches: where the micro-batches come from.
-        first: the first micro-batch.
-        last: one past the last micro-batch.
+        batches: where the batches come from; an item is a batch.
+        first: the first batch.
+        last: one past the last batch.
         num_workers: processes that make them; 0 makes them in this one.
         pin_memory: copy them into page-locked memory (for CUDA).
     """
@@ -155,7 +173,7 @@ def make_loader(batches: MultiCropBatches, first: int, last: int, num_workers: i
         batch_size=None,
         sampler=range(first, last),
         num_workers=num_workers,
-        collate_fn=_unchanged,  # type: ignore[arg-type]
+        collate_fn=_unchanged,
         pin_memory=pin_memory,
         prefetch_factor=2 if num_workers else None,
         worker_init_fn=_start_worker,
@@ -191,5 +209,5 @@ def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
-def _unchanged(item: Batch) -> Batch:
+def _unchanged(item: ItemT) -> ItemT:
     return item

@@ -45,7 +45,7 @@ class ParquetSource(ImageSource):
         )
         labels = _labels([table for table in tables if table.num_rows], config.label_column)
         self.labels = None if labels is None else labels[self._rows]
-        self.class_names = _class_names(tables[0], config.label_column) if labels is not None else None
+        self.class_names = _class_names(tables[0].schema, config.label_column) if labels is not None else None
         self._check_class_names()
 
     @classmethod
@@ -68,6 +68,22 @@ class ParquetSource(ImageSource):
     def image_name(self, index: int) -> str:
         """The file and the row in it, for example `train-0.parquet:17`."""
         return self._row_name(int(self._rows[checked_index(index, len(self))]))
+
+    def column(self, name: str) -> tuple[list[Any], tuple[str, ...] | None]:
+        """Another column's value for every image, and the names of the classes in it where the metadata tells them.
+
+        Raises:
+            DataError: a file lacks the column.
+        """
+        arrow = _arrow()
+        values: list[Any] = []
+        for file in self._files:
+            schema = arrow.parquet.read_schema(file)
+            if name not in schema.names:
+                raise DataError(f"{file} has no column {name!r}; its columns are {', '.join(schema.names)}.")
+            values += arrow.parquet.ParquetFile(file).read(columns=[name]).column(name).to_pylist()
+        first = arrow.parquet.read_schema(self._files[0])
+        return [values[row] for row in self._rows.tolist()], _class_names(first, name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -163,11 +179,12 @@ def _labels(tables: list[Any], name: str) -> Int64[np.ndarray, " rows"] | None:
     return labels if labels.min() >= 0 else None
 
 
-def _class_names(table: Any, column: str) -> tuple[str, ...] | None:  # noqa: ANN401 (a pyarrow table)
-    """The names that Hugging Face's metadata give the classes; None without (readable) metadata."""
+def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:  # noqa: ANN401 (a pyarrow schema)
+    """The names that Hugging Face's metadata give the classes, or the classes in lists; None without metadata."""
     try:
-        metadata = json.loads((table.schema.metadata or {})[b"huggingface"])
-        names = metadata["info"]["features"][column]["names"]
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+        names = feature["names"]
         return tuple(printable(str(name)) for name in names) if isinstance(names, list) else None
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None

@@ -71,12 +71,18 @@ def save_transformers(
         overwrite: replace the directory if it is there.
 
     Raises:
-        ConfigError: transformers is not installed, or no network can be cut for that image size.
+        ConfigError: transformers is not installed, no network can be cut for that image size, or the family has a
+            classifier, which only timm's format keeps.
         SubnetError: the family has no such sub-network.
         CheckpointError: the directory holds something and `overwrite` is False.
         ExtractionError: the written model differs by more than `poa.family.TOLERANCE`; nothing is left behind.
     """
     _require_transformers()
+    if family.head is not None:
+        raise ConfigError(
+            "this family has a classifier, and only timm's format keeps it: leave --format out. transformers opens "
+            "that directory too, through its timm wrapper."
+        )
     member = family.space.parse(subnet)
     size = family.checked_image_size(image_size)
     with replace_directory(Path(directory), overwrite=overwrite) as scratch:

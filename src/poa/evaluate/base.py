@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from poa.data import ImageSource
 from poa.errors import DataError
+from poa.evaluate.looks import AnyLook
+from poa.evaluate.report import Result
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Vectors:
         pooled: mean patch vectors at the last depth; given if `Evaluator.num_blocks` is above 1.
         second: class vectors of a randomly cropped and mirrored view of the same images; given if
             `Evaluator.needs_views`.
+        under: class vectors of the images under each of `Evaluator.test_looks`, by its name there.
+        under_rows: the rows of `cls` that those of `under` are of, in their order; None: all.
     """
 
     cls: Float[Tensor, "N C"]
@@ -33,6 +41,8 @@ class Vectors:
     blocks: tuple[Float[Tensor, "N _"], ...] = ()
     pooled: Float[Tensor, "N C"] | None = None
     second: Float[Tensor, "N C"] | None = None
+    under: Mapping[str, Float[Tensor, "M C"]] = field(default_factory=dict)
+    under_rows: Int[Tensor, "M"] | None = None
 
     def __len__(self) -> int:
         return len(self.cls)
@@ -75,6 +85,23 @@ class Evaluator(ABC):
         """The number of depths whose class vectors it needs; 1: only the last."""
         return 1
 
+    @property
+    def test_looks(self) -> Mapping[str, AnyLook]:
+        """Looks at the test images that it needs beside the plain one, by the names of its figures for them."""
+        return {}
+
+    def test_sample(self, labels: Int[Tensor, "M"]) -> Int[Tensor, "m"] | None:
+        """Rows, in rising order, of the test images that `test_looks` are for, from all their classes; None: all."""
+        del labels
+        return None
+
+    def check_images(self, test: ImageSource, indices: np.ndarray) -> None:  # noqa: B027
+        """Refuses test images that the protocol cannot work on, before features are computed.
+
+        Raises:
+            DataError: what is wrong, what was got, and how to mend it.
+        """
+
     def check(self, train: Int[Tensor, "N"] | None, test: Int[Tensor, "M"] | None, num_classes: int) -> None:  # noqa: B027
         """Refuses data that the protocol cannot work on, from the labels alone, before features are computed.
 
@@ -91,3 +118,9 @@ class Evaluator(ABC):
             test: the images to test on, where `needs_test`.
             reference: the intact network's vectors of the images of `train`, where `needs_intact`.
         """
+
+    @classmethod
+    def draw(cls, path: Path, results: Sequence[Result]) -> bool:
+        """Draws the results into a PNG file; False where the main figure against the parameters is picture enough."""
+        del path, results
+        return False

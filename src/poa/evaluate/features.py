@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from poa.config.checks import require, require_probability
-from poa.data import BadImage, ImageSource, SkippedImage, normalize
+from poa.data import BadImage, ImageSource, SkippedImage, make_loader, normalize
 from poa.errors import ConfigError, DataError
 from poa.evaluate.base import Vectors
-from poa.evaluate.looks import PLAIN, Look
+from poa.evaluate.looks import PLAIN, AnyLook, Look, Shown, salience
 from poa.evaluate.store import Slot
 from poa.family import Preprocessing
 from poa.files import write_json
@@ -68,19 +70,24 @@ class Extraction:
     """The images' positions in the source."""
     skipped: tuple[SkippedImage, ...]
     """The images that could not be read."""
+    only: Mapping[str, np.ndarray]
+    """For looks at some of the images, by name: these, as positions in the source."""
 
-    @property
-    def labels(self) -> Tensor | None:
-        """The classes of the images; None where the source has none."""
-        labels = self.source.labels
-        return None if labels is None else torch.from_numpy(np.asarray(labels)[self.indices])
+    def rows(self, look: str) -> Int[Tensor, "M"]:
+        """Which of `indices` the look's vectors are of."""
+        if look not in self.only:
+            return torch.arange(len(self.indices))
+        return torch.from_numpy(np.flatnonzero(np.isin(self.indices, self.only[look])))
 
     def of(self, network: str, look: str = PLAIN.name) -> Vectors:
-        """One network's vectors."""
+        """One network's vectors; several depths of the plain look only."""
         parts = [torch.from_numpy(np.asarray(part)) for part in self.slots[network, look].rows()]
-        blocks = parts[: len(parts) - (self.num_blocks > 1)]
-        pooled = parts[-1] if self.num_blocks > 1 else None
-        return Vectors(blocks[-1], self.labels, num_classes(self.source), tuple(blocks), pooled)
+        has_depths = self.num_blocks > 1 and look == PLAIN.name
+        blocks, pooled = (parts[:-1], parts[-1]) if has_depths else (parts, None)
+        labels = None
+        if self.source.labels is not None:
+            labels = torch.from_numpy(np.asarray(self.source.labels)[self.indices])[self.rows(look)]
+        return Vectors(blocks[-1], labels, num_classes(self.source), tuple(blocks), pooled)
 
 
 def num_classes(source: ImageSource) -> int:
@@ -95,7 +102,7 @@ def extract_features(
     networks: Sequence[Network],
     source: ImageSource,
     *,
-    looks: Sequence[Look] = (PLAIN,),
+    looks: Sequence[AnyLook] | Mapping[AnyLook, np.ndarray | None] = (PLAIN,),
     num_blocks: int = 1,
     indices: np.ndarray | None = None,
     loading: Loading = DEFAULT_LOADING,
@@ -104,14 +111,15 @@ def extract_features(
 ) -> Iterator[Extraction]:
     """Computes the vectors of all networks under all looks; while the context is open they can be read.
 
-    Each image is decoded once. Beyond `MEMORY_BUDGET` the vectors live in temporary files, so memory stays bounded
-    for any number of networks and images.
+    Each image is decoded once, and each input made of it is moved and normalised once for all networks. Beyond
+    `MEMORY_BUDGET` the vectors live in temporary files, so memory stays bounded for any number of networks and images.
 
     Args:
         networks: each runs on the device that it is on.
         source: the images.
-        looks: what is done to every image before a network sees it.
-        num_blocks: depths whose class vectors are kept; above 1 also the mean patch vectors.
+        looks: what is done to every image before a network sees it; or to some only, given by their positions (None:
+            to all).
+        num_blocks: depths whose class vectors are kept of the plain look; above 1 also the mean patch vectors.
         indices: positions of the images to use; all by default.
         loading: batch size and workers.
         store: a directory in which everything is kept. An extraction that was stopped goes on; networks that are
@@ -119,19 +127,21 @@ def extract_features(
         on_progress: called with the number of images done after every batch.
 
     Raises:
-        DataError: more images than allowed could not be read.
-        ConfigError: the networks take images of different numbers of channels.
+        DataError: more images than allowed could not be read, or a process that reads them died.
+        ConfigError: the networks take images of different numbers of channels, or a look cannot be had of them.
     """
     positions = np.arange(len(source)) if indices is None else np.asarray(indices)
-    _check_channels(networks)
+    plan = dict(looks) if isinstance(looks, Mapping) else dict.fromkeys(looks)
+    _check_networks(networks, plan)
     with ExitStack() as stack:
-        run = _Run(networks, looks, num_blocks, source, positions, store)
-        run.compute(loading, stack, on_progress)
-        bad = {image for image, _ in run.skipped}
-        good = np.asarray([index for index in positions.tolist() if index not in bad], dtype=np.int64)
+        run = _Run(networks, plan, num_blocks, source, positions, store)
+        with _death_of_workers_in_words():
+            run.compute(loading, stack, on_progress)
+        good = positions[~np.isin(positions, [image for image, _ in run.skipped])]
         skipped = tuple(SkippedImage(source.image_name(index), reason) for index, reason in run.skipped)
         _check_share(source, skipped, len(positions), loading.max_bad_share)
-        yield Extraction(run.slots, num_blocks, source, good, skipped)
+        only = {look.name: chosen for look, chosen in plan.items() if chosen is not None}
+        yield Extraction(run.slots, num_blocks, source, good, skipped, only)
 
 
 class _Run:
@@ -140,86 +150,76 @@ class _Run:
     def __init__(
         self,
         networks: Sequence[Network],
-        looks: Sequence[Look],
+        plan: Mapping[AnyLook, np.ndarray | None],
         num_blocks: int,
         source: ImageSource,
         positions: np.ndarray,
         store: Path | None,
     ) -> None:
-        self.networks, self.looks, self.num_blocks = networks, looks, num_blocks
-        self.source, self.positions = source, positions
+        self.networks, self.num_blocks, self.source, self.positions = networks, num_blocks, source, positions
+        self.looks = tuple(plan)
+        every = np.ones(len(positions), bool)
+        self.wanted = {
+            look.name: every if chosen is None else np.isin(positions, chosen) for look, chosen in plan.items()
+        }
         self.folder = None if store is None else store / _key(source.fingerprint, positions.tobytes())
         self.slots = {
-            (network.name, look.name): Slot(self._slot_folder(network, look), len(positions))
+            (network.name, look.name): Slot(self._slot_folder(network, look), int(self.wanted[look.name].sum()))
             for network in networks
-            for look in looks
+            for look in self.looks
         }
         self.skipped: list[tuple[int, str]] = self._read_skipped()
         self.flushed = time.monotonic()
 
     def compute(self, loading: Loading, stack: ExitStack, on_progress: Callable[[int], None] | None) -> None:
         """Fills all slots; those that are complete already are left alone."""
-        start = min(slot.num_images for slot in self.slots.values())
-        num_rows = min(slot.num_rows for slot in self.slots.values())
-        known = set(self.positions[:start].tolist())
+        done = min(slot.num_images for slot in self.slots.values())
+        known = self.positions[:done]
         self.skipped = [(index, reason) for index, reason in self.skipped if index in known]
-        images = _Images(self.source, self.positions[start:], self._inputs())
-        loader = DataLoader(images, loading.batch_size, num_workers=loading.num_workers, collate_fn=list)
-        done = start
-        for batch in loader:
-            done += len(batch)
-            self.skipped += [(index, item) for index, item in batch if isinstance(item, str)]
-            read = [item for _, item in batch if not isinstance(item, str)]
-            if read:
-                self._fill(read, num_rows, done, stack)
-            num_rows += len(read)
-            for slot in self.slots.values():
-                if slot.num_images < done:
-                    slot.advance(done, num_rows)
+        read = ~np.isin(known, [index for index, _ in self.skipped])
+        rows = {name: int((wanted[:done] & read).sum()) for name, wanted in self.wanted.items()}
+        images = _Images(self, done, loading.batch_size)
+        for items in make_loader(images, 0, len(images), min(loading.num_workers, len(images)), pin_memory=False):
+            self.skipped += [(index, item) for index, item in items if isinstance(item, str)]
+            batch = _Batch(self, done, items)
+            done += len(items)
+            for look in self.looks:
+                self._fill(batch, look, rows[look.name], done, stack)
+                rows[look.name] += len(batch.wanted[look.name])
             self._flush(at_once=done == len(self.positions))
             if on_progress is not None:
                 on_progress(done)
 
-    def _fill(self, read: list[dict[_Input, np.ndarray]], row: int, done: int, stack: ExitStack) -> None:
-        found = {}
-        for network, look in self._due(done):
-            how = network.preprocessing
-            pixels = torch.from_numpy(np.stack([item[_input(look, how)] for item in read])).to(network.device)
-            with torch.inference_mode():
-                blocks = network.last_blocks(normalize(pixels, how.mean, how.std), self.num_blocks)
-            vectors = [block.cls for block in blocks]
-            if self.num_blocks > 1:
-                vectors.append(blocks[-1].patches.mean(dim=1))
-            found[network.name, look.name] = [part.float().cpu().numpy() for part in vectors]
-        if self.folder is None and all(not slot.arrays for slot in self.slots.values()):
-            self._choose_place(sum(part.shape[1] for parts in found.values() for part in parts), stack)
-        for key, parts in found.items():
-            self.slots[key].put(row, parts)
+    def _fill(self, batch: _Batch, look: AnyLook, row: int, done: int, stack: ExitStack) -> None:
+        """Computes one look at one batch with the networks that lack it."""
+        due = [network for network in self.networks if self.slots[network.name, look.name].num_images < done]
+        num_rows = len(batch.wanted[look.name])
+        if due and num_rows:
+            found = {network.name: batch.vectors(network, look) for network in due}
+            batch.forget(look)
+            self._choose_place({name: sum(part.shape[1] for part in parts) for name, parts in found.items()}, stack)
+            for name, parts in found.items():
+                self.slots[name, look.name].put(row, [part.cpu().numpy() for part in parts])
+        for network in due:
+            self.slots[network.name, look.name].advance(done, row + num_rows)
 
-    def _due(self, done: int) -> Iterator[tuple[Network, Look]]:
-        for network in self.networks:
-            for look in self.looks:
-                if self.slots[network.name, look.name].num_images < done:
-                    yield network, look
-
-    def _choose_place(self, num_channels: int, stack: ExitStack) -> None:
-        if 4 * num_channels * len(self.positions) <= MEMORY_BUDGET:
+    def _choose_place(self, widths: Mapping[str, int], stack: ExitStack) -> None:
+        """Before the first vectors come: in files, where they would not fit into memory."""
+        if self.folder is not None or any(slot.arrays or slot.folder for slot in self.slots.values()):
             return
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poa-features-")))
-        for number, slot in enumerate(self.slots.values()):
-            slot.folder = folder / str(number)
+        needed = sum(4 * widths[name] * slot.num_total for (name, _), slot in self.slots.items())
+        if needed > MEMORY_BUDGET:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poa-features-")))
+            for number, slot in enumerate(self.slots.values()):
+                slot.folder = folder / str(number)
 
-    def _inputs(self) -> dict[_Input, tuple[Look, Preprocessing]]:
-        return {
-            _input(look, network.preprocessing): (look, network.preprocessing)
-            for network in self.networks
-            for look in self.looks
-        }
-
-    def _slot_folder(self, network: Network, look: Look) -> Path | None:
+    def _slot_folder(self, network: Network, look: AnyLook) -> Path | None:
         if self.folder is None:
             return None
-        return self.folder / _key(network.fingerprint, repr(network.preprocessing), look.name, self.num_blocks)
+        wanted = self.wanted[look.name]
+        part = () if wanted.all() else (hashlib.sha256(wanted.tobytes()).hexdigest(),)
+        num_blocks = self.num_blocks if look == PLAIN else 1
+        return self.folder / _key(network.fingerprint, repr(network.preprocessing), look.name, num_blocks, *part)
 
     def _flush(self, *, at_once: bool) -> None:
         if self.folder is None or (time.monotonic() - self.flushed < FLUSH_SECONDS and not at_once):
@@ -236,45 +236,149 @@ class _Run:
         return [(index, reason) for index, reason in json.loads((self.folder / SKIPPED_FILE).read_text("utf-8"))]
 
 
+class _Batch:
+    """Some images on their way through all networks; what several networks see is moved and normalised once."""
+
+    def __init__(self, run: _Run, first: int, items: Sequence[_Item]) -> None:
+        self.looks, self.num_blocks = run.looks, run.num_blocks
+        self.read = [(index, item) for index, item in items if not isinstance(item, str)]
+        is_read = np.array([not isinstance(item, str) for _, item in items])
+        part = slice(first, first + len(items))
+        self.wanted = {name: np.flatnonzero(wanted[part][is_read]) for name, wanted in run.wanted.items()}
+        self._made: dict[tuple[str, Hashable], Tensor] = {}
+        self._salience: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def vectors(self, network: Network, look: AnyLook) -> list[Tensor]:
+        """One network's class vectors at every depth, and the mean patch vectors, of the images the look is at."""
+        num_blocks = self.num_blocks if look == PLAIN else 1
+        blocks = network.last_blocks(self._seen(network, look), num_blocks)
+        if look == PLAIN and self._is_all(look) and any(_needs_salience(each) for each in self.looks):
+            self._salience[network.name] = salience(blocks[-1])
+        found = [block.cls.float() for block in blocks]
+        return found if num_blocks == 1 else [*found, blocks[-1].patches.mean(dim=1).float()]
+
+    def forget(self, look: AnyLook) -> None:
+        """Frees what was made for that look."""
+        if look != PLAIN:
+            self._made = {key: made for key, made in self._made.items() if key[0] != look.name}
+
+    def _is_all(self, look: AnyLook) -> bool:
+        return len(self.wanted[look.name]) == len(self.read)
+
+    def _seen(self, network: Network, look: AnyLook) -> Tensor:
+        """What the network sees."""
+        if isinstance(look, Look) and look != PLAIN:
+            return self._normalised(network, look, self.wanted[look.name])
+        plain = self._normalised(network, PLAIN, np.arange(len(self.read)))
+        chosen = self.wanted[look.name]
+        if not self._is_all(look):
+            plain = plain[torch.from_numpy(chosen)]
+        if isinstance(look, Look):
+            return plain
+        indices = tuple(self.read[number][0] for number in chosen.tolist())
+        if look.needs_salience:
+            return look(plain, indices, self._salience_of(network)[torch.from_numpy(chosen)])
+        return self._once(look, (network.preprocessing, network.device), lambda: look(plain, indices, None))
+
+    def _salience_of(self, network: Network) -> Tensor:
+        """Of the plain images: kept from the pass that measured them, unless that was done earlier."""
+        if network.name not in self._salience:
+            plain = self._normalised(network, PLAIN, np.arange(len(self.read)))
+            self._salience[network.name] = salience(network.last_blocks(plain, 1)[-1])
+        return self._salience[network.name]
+
+    def _normalised(self, network: Network, look: Look, chosen: np.ndarray) -> Tensor:
+        how, device = network.preprocessing, network.device
+        key = _input(look, how)
+
+        def moved() -> Tensor:
+            inputs = [self.read[number][1][key] for number in chosen.tolist()]
+            return torch.from_numpy(np.stack(inputs)).to(device)
+
+        def normalised() -> Tensor:
+            return normalize(self._once(look, (key, device), moved), how.mean, how.std)
+
+        return self._once(look, (key, device, how.mean, how.std), normalised)
+
+    def _once(self, look: AnyLook, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        if (look.name, key) not in self._made:
+            self._made[look.name, key] = make()
+        return self._made[look.name, key]
+
+
+def _needs_salience(look: AnyLook) -> bool:
+    return not isinstance(look, Look) and look.needs_salience
+
+
 _Input = tuple[str, int, float, str]
 """What tells the inputs made of one image apart: look, side, crop and interpolation."""
+_Item = tuple[int, "dict[_Input, np.ndarray] | str"]
+"""An image's position in the source, and its inputs [C, S, S] in 8 bits, or why it cannot be read."""
 
 
 def _input(look: Look, how: Preprocessing) -> _Input:
     return look.name, how.image_size, how.crop_pct, how.interpolation
 
 
-class _Images(Dataset[tuple[int, "dict[_Input, np.ndarray] | str"]]):
-    """(index, its inputs [C, S, S] in 8 bits) or (index, reason) of the images at some positions of a source."""
+class _Images(Dataset[list[_Item]]):
+    """The images of a run from position `first` on, in batches, under all looks at decoded images."""
 
-    def __init__(
-        self, source: ImageSource, indices: np.ndarray, inputs: dict[_Input, tuple[Look, Preprocessing]]
-    ) -> None:
-        self.source = source
-        self.indices = indices
-        self.inputs = inputs
+    def __init__(self, run: _Run, first: int, batch_size: int) -> None:
+        self.source, self.positions, self.first, self.batch_size = run.source, run.positions, first, batch_size
+        self.looks = [(look, run.wanted[look.name]) for look in run.looks if isinstance(look, Look) and look != PLAIN]
+        if len(self.looks) < len(run.looks):
+            self.looks.insert(0, (PLAIN, np.ones(len(run.positions), bool)))
+        geometries = {_input(PLAIN, network.preprocessing): network.preprocessing for network in run.networks}
+        self.geometries = list(geometries.values())
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return math.ceil((len(self.positions) - self.first) / self.batch_size)
 
-    def __getitem__(self, position: int) -> tuple[int, dict[_Input, np.ndarray] | str]:
-        index = int(self.indices[position])
+    def __getitem__(self, number: int) -> list[_Item]:
+        start = self.first + number * self.batch_size
+        return [self._item(place) for place in range(start, min(start + self.batch_size, len(self.positions)))]
+
+    def _item(self, place: int) -> _Item:
+        index = int(self.positions[place])
         try:
-            image = self.source.load(index)
+            shown = Shown(self.source.load(index), index, self.source, self.positions)
+            return index, {
+                _input(look, how): look(shown, how)
+                for look, wanted in self.looks
+                if wanted[place]
+                for how in self.geometries
+            }
         except BadImage as error:
             return index, error.reason
-        return index, {key: look(image, index, how) for key, (look, how) in self.inputs.items()}
+
+
+@contextmanager
+def _death_of_workers_in_words() -> Iterator[None]:
+    """Within, the end of a process that reads images is a `DataError`; it may interrupt whatever is under way."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "a process that reads images was ended from outside, most often because memory ran out. Give fewer "
+            "--num-workers, or a smaller --batch-size."
+        ) from error
 
 
 def _key(*parts: object) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def _check_channels(networks: Sequence[Network]) -> None:
+def _check_networks(networks: Sequence[Network], looks: Iterable[AnyLook]) -> None:
     channels = {network.preprocessing.num_channels: network.name for network in networks}
     if len(channels) > 1:
         listed = ", ".join(f"{name}: {number}" for number, name in sorted(channels.items()))
         raise ConfigError(f"networks for images of different numbers of channels cannot be compared ({listed}).")
+    for look in looks:
+        for network in networks:
+            look.check(network.preprocessing)
 
 
 def _check_share(source: ImageSource, skipped: tuple[SkippedImage, ...], num_images: int, max_share: float) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from poa.config.checks import require, require_positive
 from poa.errors import DataError, PoaWarning
 from poa.evaluate.base import Evaluator, Vectors, with_labels
+from poa.evaluate.splits import require_classes
 
 DEFAULT_KS = (10, 20, 100, 200)
 """The numbers of neighbours of DINO's protocol."""
@@ -39,7 +40,8 @@ class Knn(Evaluator):
 
     def check(self, train: Int[Tensor, "N"] | None, test: Int[Tensor, "M"] | None, num_classes: int) -> None:
         """See `Evaluator.check`."""
-        del test, num_classes
+        del num_classes
+        require_classes(self.name, train, test)
         if train is not None and len(train) < min(self.k):
             raise DataError(
                 f"k-NN needs at least {min(self.k)} training images for k = {min(self.k)}; got {len(train)}."
@@ -64,8 +66,8 @@ def knn_accuracies(
 ) -> dict[int, float]:
     """The share of test rows that the vote of their k nearest training rows gets right, for each k.
 
-    Neighbours are those of largest cosine similarity s; each votes with weight exp(s / temp). At most
-    chunk × chunk / 8 similarities exist at a time.
+    Neighbours are those of largest cosine similarity s; each votes with weight exp(s / temp). Of classes with as many
+    votes the first wins. At most chunk × chunk / 8 similarities exist at a time.
 
     Args:
         train: features of the labelled images.
@@ -91,9 +93,12 @@ def knn_accuracies(
     right = dict.fromkeys(usable, 0)
     for rows, truth in zip(test.split(chunk // 8), test_labels.split(chunk // 8), strict=True):
         similarity, labels = _nearest(rows, train, train_labels, usable[-1], chunk)
-        votes = F.one_hot(labels, num_classes) * (similarity / temp).exp().unsqueeze(-1)
+        weights = ((similarity.double() - similarity[:, :1]) / temp).exp()
+        votes, counted = weights.new_zeros(len(rows), num_classes), 0
         for k in usable:
-            right[k] += int((votes[:, :k].sum(dim=1).argmax(dim=1) == truth).sum())
+            votes.scatter_add_(1, labels[:, counted:k], weights[:, counted:k])
+            counted = k
+            right[k] += int((votes.argmax(dim=1) == truth).sum())
     return {k: count / len(test) for k, count in right.items()}
 
 

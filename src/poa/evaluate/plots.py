@@ -39,11 +39,22 @@ def repeating(styles: Sequence[str], items: Iterable[ItemT]) -> Iterator[tuple[s
 
 
 def draw_front(
-    axis: Axes, results: Sequence[Result], references: Mapping[str, float], label: str = "k-NN accuracy, %"
+    axis: Axes,
+    results: Sequence[Result],
+    references: Mapping[str, float],
+    label: str = "k-NN accuracy, %",
+    scale: float = 100.0,
 ) -> None:
     """The protocol's main figure against parameters: a line for each width, a dashed line for each reference.
 
     Networks that are no sub-networks of a family are single points with their names.
+
+    Args:
+        axis: where to draw.
+        results: of one protocol.
+        references: figures to compare with, by name.
+        label: what the figure is, with its unit.
+        scale: what the figure is multiplied with; 100 draws a share in per cent.
     """
     by_width: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -52,14 +63,15 @@ def draw_front(
     alone = by_width.pop("", [])
     for colour, (name, members) in repeating(COLOURS, by_width.items()):
         sizes = [member.num_params for member in members]
-        axis.plot(sizes, [100 * member.value for member in members], "o-", color=colour, label=name)
+        axis.plot(sizes, [scale * member.value for member in members], "o-", color=colour, label=name)
         for member, size in zip(members, sizes, strict=True):
-            _annotate(axis, _parts(member)[2], size, member.value)
+            _annotate(axis, _parts(member)[2], size, scale * member.value)
     for member in alone:
-        axis.plot(member.num_params, 100 * member.value, "D", color="0.2")
-        _annotate(axis, member.network, member.num_params, member.value)
+        axis.plot(member.num_params, scale * member.value, "D", color="0.2")
+        _annotate(axis, member.network, member.num_params, scale * member.value)
     for style, (name, value) in repeating(("--", ":", "-."), references.items()):
-        axis.axhline(100 * value, color="0.4", linestyle=style, linewidth=1, label=f"{name} {value:.1%}")
+        text = f"{name} {value:.1%}" if scale == 100 else f"{name} {scale * value:.3g}"
+        axis.axhline(scale * value, color="0.4", linestyle=style, linewidth=1, label=text)
     axis.set_xscale("log")
     axis.set_xlabel("parameters")
     axis.set_ylabel(label)
@@ -79,8 +91,8 @@ def _parts(result: Result) -> tuple[str, str, str]:
     return f"{family} {untrained}".strip(), f"width {subnet.width}", str(subnet).split("-", 1)[1]
 
 
-def _annotate(axis: Axes, text: str, size: int, value: float) -> None:
-    axis.annotate(text, (size, 100 * value), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+def _annotate(axis: Axes, text: str, size: int, height: float) -> None:
+    axis.annotate(text, (size, height), (0, 6), textcoords="offset points", ha="center", fontsize=7)
 
 
 def draw_curves(loss_axis: Axes, knn_axis: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -98,6 +110,24 @@ def draw_curves(loss_axis: Axes, knn_axis: Axes, metrics: Sequence[Mapping[str, 
     knn_axis.set_title("While training")
     if looks:
         knn_axis.legend(fontsize=8, frameon=False)
+
+
+def draw_damage(axis: Axes, results: Sequence[Result], names: Sequence[str]) -> None:
+    """The accuracy on clean images and under every damage as a map, in per cent: a row for each network."""
+    columns = ["accuracy_clean", *names]
+    shares = [[100 * result.figures.get(name, float("nan")) for name in columns] for result in results]
+    axis.grid(visible=False)
+    image = axis.imshow(shares, aspect="auto", cmap="viridis", vmin=0.0, vmax=100.0)
+    labels = [name.removeprefix("accuracy_").removeprefix("corrupt_").replace("_", " ") for name in columns]
+    axis.set_xticks(range(len(columns)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axis.set_yticks(range(len(results)), [result.network for result in results], fontsize=8)
+    for row, line in enumerate(shares):
+        for column, share in enumerate(line):
+            colour = "black" if share > 60 else "white"
+            axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axis.axvline(0.5, color="white", linewidth=3)
+    axis.set_title("Accuracy on damaged images, %", fontsize=10)
+    axis.figure.colorbar(image, ax=axis, pad=0.01)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

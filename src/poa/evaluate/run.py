@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +16,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from poa.data import ImageSource
-from poa.errors import DataError
+from poa.errors import ConfigError, DataError
 from poa.evaluate.base import Evaluator, Vectors
 from poa.evaluate.features import DEFAULT_LOADING, Extraction, Loading, extract_features, num_classes
-from poa.evaluate.looks import PLAIN, Look, RandomView
+from poa.evaluate.intact import intact_of, with_intact
+from poa.evaluate.looks import PLAIN, AnyLook, RandomView
 from poa.evaluate.report import Report, Result
 from poa.evaluate.splits import stratified_holdout
 from poa.models import Candidate
@@ -26,6 +28,8 @@ from poa.models import Candidate
 HELD_OUT = 0.2
 """The share of each class that is tested on where no test images are given."""
 
+Plan = Mapping[AnyLook, np.ndarray | None]
+"""Looks, each with the positions of the images that it is for; None: all."""
 OnProgress = Callable[[str, int], None]
 """Called with ("train" or "test", images done)."""
 OnResult = Callable[[Result], None]
@@ -81,6 +85,8 @@ def split(train: ImageSource, test: ImageSource | None, protocols: Sequence[Eval
     truth = found.labels()
     for protocol in protocols:
         protocol.check(truth[0], truth[1], num_classes(train))
+        if protocol.needs_test and found.test is not None:
+            protocol.check_images(found.test, positions(found.test, found.test_indices))
     return found
 
 
@@ -99,8 +105,8 @@ def evaluate(
 
     Args:
         protocols: what to measure.
-        networks: what is measured, each on the device that it is on. A protocol that compares with the intact network
-            of a family needs it among them.
+        networks: what is measured, each on the device that it is on. Where a protocol compares with the intact network
+            of a family and it is not among them, its vectors are computed too.
         data: the images, from `split`.
         loading: batch size and workers.
         store: a directory in which vectors are kept, so that a stopped evaluation goes on.
@@ -110,36 +116,34 @@ def evaluate(
 
     Raises:
         DataError: too many images could not be read.
+        ConfigError: a protocol cannot work on images of the networks' size or channels.
     """
+    damaged = test_plan([each for each in protocols if any(is_due(network, each) for network in networks)], data)
+    for look, network in itertools.product(damaged, networks):
+        look.check(network.preprocessing)
+    present = with_intact(networks) if any(protocol.needs_intact for protocol in protocols) else list(networks)
+    views: Plan = {RandomView(): None} if any(protocol.needs_views for protocol in protocols) else {}
     num_blocks = max(protocol.num_blocks for protocol in protocols)
-    views: list[Look] = [RandomView()] if any(protocol.needs_views for protocol in protocols) else []
+
+    extract = partial(extract_features, num_blocks=num_blocks, loading=loading, store=store)
 
     def extracted(
-        source: ImageSource, indices: np.ndarray | None, phase: str, looks: Sequence[Look]
+        members: Sequence[Candidate], source: ImageSource, indices: np.ndarray | None, looks: Plan, phase: str
     ) -> AbstractContextManager[Extraction]:
         report = None if on_progress is None else partial(on_progress, phase)
-        return extract_features(
-            networks,
-            source,
-            looks=looks,
-            num_blocks=num_blocks,
-            indices=indices,
-            loading=loading,
-            store=store,
-            on_progress=report,
-        )
+        return extract(members, source, looks={PLAIN: None, **looks}, indices=indices, on_progress=report)
 
     with ExitStack() as stack:
-        train = stack.enter_context(extracted(data.train, data.train_indices, "train", [PLAIN, *views]))
+        train = stack.enter_context(extracted(present, data.train, data.train_indices, views, "train"))
         test = None
         if data.test is not None and any(protocol.needs_test for protocol in protocols):
-            test = stack.enter_context(extracted(data.test, data.test_indices, "test", [PLAIN]))
+            test = stack.enter_context(extracted(networks, data.test, data.test_indices, damaged, "test"))
         results = []
         for network in networks:
             for protocol in protocols:
                 if not is_due(network, protocol):
                     continue
-                results.append(_result(protocol, network, networks, train, test))
+                results.append(_result(protocol, network, present, train, test))
                 if on_result is not None:
                     on_result(results[-1])
         skipped = train.skipped + (test.skipped if test is not None else ())
@@ -155,11 +159,17 @@ def _result(
 ) -> Result:
     reference = None
     if protocol.needs_intact:
-        reference = train.of(_intact_of(network, networks).name)
+        reference = train.of(intact_of(network, networks).name)
     seen = train.of(network.name)
     if protocol.needs_views:
         seen = replace(seen, second=train.of(network.name, RandomView().name).cls)
-    unseen: Vectors | None = test.of(network.name) if test is not None and protocol.needs_test else None
+    unseen: Vectors | None = None
+    if test is not None and protocol.needs_test:
+        unseen = test.of(network.name)
+        names = {name: look.name for name, look in protocol.test_looks.items()}
+        if names:
+            under = {name: test.of(network.name, look).cls for name, look in names.items()}
+            unseen = replace(unseen, under=under, under_rows=test.rows(next(iter(names.values()))))
     return Result(
         protocol=protocol.name,
         network=network.name,
@@ -172,17 +182,35 @@ def _result(
     )
 
 
+def test_plan(protocols: Sequence[Evaluator], data: Splits) -> Plan:
+    """The looks at test images that the protocols need beside the plain one.
+
+    Raises:
+        ConfigError: two protocols need the same look at other images.
+    """
+    plan: dict[AnyLook, np.ndarray | None] = {}
+    _, labels = data.labels()
+    if data.test is None or labels is None:
+        return plan
+    for protocol in protocols:
+        rows = protocol.test_sample(labels) if protocol.test_looks else None
+        chosen = None if rows is None else positions(data.test, data.test_indices)[rows.numpy()]
+        for name, look in protocol.test_looks.items():
+            if look in plan and not np.array_equal(plan[look], chosen):  # type: ignore[arg-type]
+                raise ConfigError(f"two protocols need {name} of other images. Run them one after the other.")
+            plan[look] = chosen
+    return plan
+
+
+def positions(source: ImageSource, indices: np.ndarray | None) -> np.ndarray:
+    """Positions of the images in the source."""
+    return np.arange(len(source)) if indices is None else indices
+
+
 def result_key(network: Candidate, protocol: Evaluator) -> str:
     """What tells results apart: the network's name and weights, its preprocessing, the protocol's numbers."""
     parts = (network.name, network.source, network.fingerprint, network.preprocessing, protocol)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _intact_of(network: Candidate, networks: Sequence[Candidate]) -> Candidate:
-    for other in networks:
-        if other.is_intact and other.source == network.source:
-            return other
-    raise DataError(f"{network.name} is compared with its family's intact network, which is not among the networks.")
 
 
 def _labels(source: ImageSource, indices: np.ndarray | None) -> Int[Tensor, "N"] | None:

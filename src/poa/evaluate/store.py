@@ -14,9 +14,10 @@ PROGRESS_FILE = "progress.json"
 
 
 class Slot:
-    """The vectors of one network on one set of images: an array for each depth, a row for each image that was read.
+    """The vectors of one network under one look: an array for each depth, a row for each image that was read.
 
     Attributes:
+        num_total: rows that there may be.
         num_images: images that are done, those that could not be read among them.
         num_rows: rows that are filled.
     """
@@ -33,11 +34,6 @@ class Slot:
             files = [folder / f"{index}.npy" for index in range(progress["num_arrays"])]
             self.arrays = [np.lib.format.open_memmap(file, "r+") for file in files]
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every image is done."""
-        return self.num_images == self.num_total
-
     def put(self, row: int, parts: Sequence[np.ndarray]) -> None:
         """Fills rows from `row` on; the first call makes the arrays."""
         if not self.arrays:
@@ -51,7 +47,7 @@ class Slot:
 
     def flush(self) -> None:
         """Makes what is done outlive this process."""
-        if self.folder is None or not self.arrays:
+        if self.folder is None:
             return
         for array in self.arrays:
             if isinstance(array, np.memmap):

@@ -7,15 +7,17 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from poa.config import to_dict
 from poa.errors import CheckpointError, DataError
 from poa.evaluate.base import Evaluator
 from poa.evaluate.features import DEFAULT_LOADING, Loading
+from poa.evaluate.intact import with_intact
 from poa.evaluate.report import Report, Result, read_results, write_csv, write_results
-from poa.evaluate.run import OnProgress, OnResult, Splits, evaluate, result_key
+from poa.evaluate.run import OnProgress, OnResult, Splits, evaluate, result_key, test_plan
 from poa.files import write_json, write_text
 from poa.models import Candidate
 
@@ -81,31 +83,30 @@ def sweep(
     if due:
         _require_space(out, due, protocols, data)
         with (out / LINES_FILE).open("a", encoding="utf-8") as lines:
-
-            def record(result: Result) -> None:
-                lines.write(json.dumps(asdict(result)) + "\n")
-                lines.flush()
-                if on_result is not None:
-                    on_result(result)
-
             report = evaluate(
                 protocols,
-                _with_intact(due, networks, protocols),
+                due,
                 data,
                 loading=loading,
                 store=out / FEATURES_FOLDER,
                 on_progress=on_progress,
-                on_result=record,
-                is_due=lambda network, each: network in due and result_key(network, each) not in known,
+                on_result=partial(_record, lines, on_result),
+                is_due=lambda network, each: result_key(network, each) not in known,
             )
-    results = tuple(_known(out / LINES_FILE).values())
-    report = Report(results, report.num_train, report.num_test, report.skipped)
+    report = Report(tuple(_known(out / LINES_FILE).values()), report.num_train, report.num_test, report.skipped)
     described = {"data": _described(data), "protocols": {each.name: to_dict(each) for each in protocols}}
-    write_csv(out / "results.csv", results)
+    write_csv(out / "results.csv", report.results)
     write_results(out / "results.json", report, described)
     if not keep_features:
         shutil.rmtree(out / FEATURES_FOLDER, ignore_errors=True)
     return SweepResult(report, num_known, out / "results.csv", out / "results.json")
+
+
+def _record(lines: TextIO, on_result: OnResult | None, result: Result) -> None:
+    lines.write(json.dumps(asdict(result)) + "\n")
+    lines.flush()
+    if on_result is not None:
+        on_result(result)
 
 
 def _known(file: Path) -> dict[str, Result]:
@@ -149,9 +150,11 @@ def _claim(file: Path, data: Splits) -> None:
 
 def _require_space(out: Path, networks: Sequence[Candidate], protocols: Sequence[Evaluator], data: Splits) -> None:
     num_blocks = max(each.num_blocks for each in protocols)
-    num_views = 1 + any(each.needs_views for each in protocols)
-    per_image = 4 * sum(network.num_features for network in networks) * (num_blocks + (num_blocks > 1))
-    needed = per_image * (data.num_train * num_views + data.num_test)
+    at_looks = sum(data.num_test if chosen is None else len(chosen) for chosen in test_plan(protocols, data).values())
+    present = with_intact(networks) if any(each.needs_intact for each in protocols) else networks
+    num_vectors = (data.num_train + data.num_test) * (num_blocks + (num_blocks > 1)) + at_looks
+    num_vectors += data.num_train if any(each.needs_views for each in protocols) else 0
+    needed = 4 * sum(network.num_features for network in present) * num_vectors
     free = shutil.disk_usage(out).free
     if needed > 0.9 * free:
         raise DataError(
@@ -159,12 +162,3 @@ def _require_space(out: Path, networks: Sequence[Candidate], protocols: Sequence
             f"{free / 1e9:.1f} GB are free. Name fewer with --subnets (the results add up in one --out), or give an "
             "--out on another disk."
         )
-
-
-def _with_intact(
-    due: Sequence[Candidate], networks: Sequence[Candidate], protocols: Sequence[Evaluator]
-) -> list[Candidate]:
-    if not any(each.needs_intact for each in protocols):
-        return list(due)
-    sources = {network.source for network in due}
-    return [network for network in networks if network in due or (network.is_intact and network.source in sources)]

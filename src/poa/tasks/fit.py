@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from poa.errors import CheckpointError, PoaError
 from poa.randomness import derived_seed
 from poa.runtime import Runtime
 from poa.tasks.parameters import parameter_groups
+from poa.tasks.state import load_optimizer_, of_prefix, optimizer_tensors, read_state, with_prefix, write_state
 
-STATE_FILE = "fit.pt"
+STATE_FOLDER = "state"
+_CUDA_REPORT_EVERY = 20
+"""Steps from one look at the loss to the next on a GPU, where looking waits for the device."""
 
 OnStep = Callable[[int, int, float], None]
-"""Called with (steps done, steps of the whole run, loss)."""
+"""Called with (steps done, steps of the whole run, loss): after every step, on a GPU after every 20."""
 
 
 class Task(ABC):
@@ -52,6 +55,10 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> dict[str, Tensor]:  # noqa: ANN401
         """The losses by name; their sum is minimised."""
 
+    def passes(self, model: nn.Module, batch: Any, device: torch.device) -> Iterator[dict[str, Tensor]]:  # noqa: ANN401
+        """The losses of a step in parts, each of which goes backward before the next is asked for; one by default."""
+        yield self.loss(model, batch, device)
+
     @abstractmethod
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """The figures on the validation images; `model` is in evaluation mode."""
@@ -79,33 +86,29 @@ class NotFiniteError(PoaError):
 def fit(
     task: Task, config: FitConfig, runtime: Runtime, *, out: Path | None = None, on_step: OnStep | None = None
 ) -> FitResult:
-    """Trains the task's model and leaves it with the weights of its best epoch.
+    """Trains the task's model and leaves it with the weights of its best epoch, on the runtime's device.
 
     With `out`, the state is written there after every epoch, and a run that is there goes on: it ends as one that
-    never stopped.
+    never stopped, bit for bit on one CPU.
 
     Args:
         task: what is learnt.
         config: the numbers.
         runtime: where it computes.
         out: directory of the state.
-        on_step: told of every step.
+        on_step: told how far it is.
 
     Raises:
-        NotFiniteError: the loss is no longer a finite number.
-        CheckpointError: `out` holds the state of a run with other numbers.
+        NotFiniteError: the loss is no longer a finite number; the state is that of the epoch before.
+        CheckpointError: `out` holds the state of a run with other numbers, or a damaged one.
     """
     run = _Run(task, config, runtime)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        run.resume(out / STATE_FILE)
-    for epoch in range(run.epoch, config.epochs):
-        run.train_epoch(epoch, on_step)
-        if (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs:
-            run.look(epoch)
-        run.epoch = epoch + 1
+        run.resume(out / STATE_FOLDER)
+    while not run.is_over:
+        run.train_epoch(on_step)
         if out is not None:
-            run.save(out / STATE_FILE)
+            run.save(out / STATE_FOLDER)
     task.model.load_state_dict(run.best_state)
     task.model.eval()
     return FitResult(run.best, run.best_epoch, tuple(run.history))
@@ -125,97 +128,139 @@ class _Run:
         self.best: dict[str, float] = {}
         self.best_epoch = 0
         self.best_state: dict[str, Tensor] = {}
-        self.losses: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
 
-    def train_epoch(self, epoch: int, on_step: OnStep | None) -> None:
-        """One pass; dropout and stochastic depth are a function of the seed and the epoch."""
+    @property
+    def is_over(self) -> bool:
+        """Whether the last epoch is done, or `config.patience` epochs went by without a better one."""
+        waited = self.history[-1]["epoch"] - self.best_epoch if self.history else 0
+        return self.epoch >= self.config.epochs or bool(self.config.patience and waited >= self.config.patience)
+
+    def train_epoch(self, on_step: OnStep | None) -> None:
+        """One pass, and a look where one is due; what torch draws is a function of the seed and the epoch."""
         config, num_steps = self.config, self.task.num_steps()
         self.model.train()
         if config.freeze:
             self.model.backbone.eval()  # type: ignore[union-attr]
-        sums: dict[str, Tensor] = {}
+        meter = _Meter(config, num_steps * self.epoch, num_steps, self.runtime.device, on_step)
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derived_seed(config.seed, "fit", epoch))
-            for number, batch in enumerate(self.task.batches(epoch), start=epoch * num_steps):
-                losses = self._step(batch, number, num_steps)
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value
-                if on_step is not None:
-                    on_step(number + 1, config.epochs * num_steps, sum(float(value) for value in losses.values()))
-        self.losses = {f"loss/{name}": float(value) / num_steps for name, value in sums.items()}
+            torch.manual_seed(derived_seed(config.seed, "fit", self.epoch))
+            for batch in self.task.batches(self.epoch):
+                meter.add(self._step(batch, meter.num_done, num_steps))
+        losses = meter.means()
+        self.epoch += 1
+        if self.epoch % config.evaluate_every == 0 or self.epoch == config.epochs:
+            self._look(losses)
 
     def _step(self, batch: Any, number: int, steps_per_epoch: int) -> dict[str, Tensor]:  # noqa: ANN401
-        config, device = self.config, self.runtime.device
+        config = self.config
         lr = lr_schedule(number, steps_per_epoch, config)
         for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
             group["lr"] = lr * scale
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.runtime.precision == "bfloat16"):
-            losses = self.task.loss(self.model, batch, device)
-        total = torch.stack(list(losses.values())).sum()
-        if not bool(total.isfinite()):
-            raise NotFiniteError(
-                f"the loss of step {number + 1} is {float(total)}; a lower --fit.lr (now {config.lr:g}) or a longer "
-                "--fit.warmup-epochs may help."
-            )
-        total.backward()
+        losses: dict[str, Tensor] = {}
+        passes = self.task.passes(self.model, batch, self.runtime.device)
+        while True:
+            with self._autocast():
+                part = next(passes, None)
+            if part is None:
+                break
+            torch.stack(list(part.values())).sum().backward()
+            losses.update((name, value.detach()) for name, value in part.items())
         if config.clip_grad:
-            trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-            nn.utils.clip_grad_norm_(trained, config.clip_grad)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            _average_(self.average, self.model, min(config.ema_decay, (1 + number) / (10 + number)))
-        return {name: value.detach() for name, value in losses.items()}
+            average_(self.average, self.model, min(config.ema_decay, (1 + number) / (10 + number)))
+        return losses
 
-    def look(self, epoch: int) -> None:
-        """Evaluates, and keeps the weights if they are the best so far."""
+    def _look(self, losses: Mapping[str, float]) -> None:
+        """Evaluates, and keeps the weights on the CPU if they are the best so far."""
         model = (self.average if self.average is not None else self.model).eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), self._autocast():
             figures = self.task.evaluate(model, self.runtime.device)
-        self.history.append({"epoch": float(epoch + 1), **self.losses, **figures})
-        if not self.best or figures[self.task.metric] > self.best[self.task.metric]:
-            self.best, self.best_epoch = figures, epoch + 1
-            self.best_state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        self.history.append({"epoch": float(self.epoch), **losses, **figures})
+        metric = self.task.metric
+        if not self.best or figures[metric] > self.best[metric] or math.isnan(self.best[metric]):
+            self.best, self.best_epoch = figures, self.epoch
+            self.best_state = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
-    def save(self, file: Path) -> None:
+    def _autocast(self) -> AbstractContextManager[object]:
+        runtime = self.runtime
+        return torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.precision == "bfloat16")
+
+    def save(self, folder: Path) -> None:
         """Writes the state; what was there is replaced only by a whole one."""
-        state = {
-            "config": self._numbers(),
-            "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "best_state": self.best_state,
-            "history": self.history,
-        }
-        scratch = file.with_suffix(".tmp")
-        torch.save(state, scratch)
-        os.replace(scratch, file)  # noqa: PTH105
+        tensors = with_prefix("model", self.model.state_dict())
+        tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer, self.model))
+        tensors |= with_prefix("best", self.best_state)
+        if self.average is not None:
+            tensors |= with_prefix("average", self.average.state_dict())
+        numbers = {name: getattr(self, name) for name in ("epoch", "best", "best_epoch", "history")}
+        write_state(folder, tensors, {"config": self._config(), **numbers})
 
-    def _numbers(self) -> dict[str, Any]:
-        return {**asdict(self.config), "task": self.task.identity}
-
-    def resume(self, file: Path) -> None:
+    def resume(self, folder: Path) -> None:
         """Goes on from the state, if there is one."""
-        if not file.exists():
+        found = read_state(folder)
+        if found is None:
             return
-        state: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        mine = self._numbers()
-        other = sorted(name for name in mine if state["config"].get(name) != mine[name])
+        tensors, numbers = found
+        mine, theirs = self._config(), numbers["config"]
+        other = sorted(name for name in mine if name not in theirs or theirs[name] != mine[name])
         if other:
             raise CheckpointError(
-                f"{file} is of a run with another {', '.join(other)}. Give the same options to go on, or another --out."
+                f"{folder} is of a run with another {', '.join(other)}. Give the same options to go on, or another "
+                "--out."
             )
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(of_prefix("model", tensors))
+        load_optimizer_(self.optimizer, self.model, of_prefix("optimizer", tensors))
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.best, self.best_epoch = state["epoch"], state["best"], state["best_epoch"]
-        self.best_state, self.history = state["best_state"], state["history"]
+            self.average.load_state_dict(of_prefix("average", tensors))
+        self.best_state = of_prefix("best", tensors)
+        self.epoch, self.best_epoch = numbers["epoch"], numbers["best_epoch"]
+        self.best, self.history = _floats(numbers["best"]), [_floats(line) for line in numbers["history"]]
+
+    def _config(self) -> dict[str, Any]:
+        return {**asdict(self.config), "task": self.task.identity}
+
+
+class _Meter:
+    """The mean losses of an epoch; looks whether they are finite, and tells how far the run is."""
+
+    def __init__(
+        self, config: FitConfig, num_done: int, num_steps: int, device: torch.device, on_step: OnStep | None
+    ) -> None:
+        self.config, self.num_done, self.num_steps, self.on_step = config, num_done, num_steps, on_step
+        self.every = _CUDA_REPORT_EVERY if device.type == "cuda" else 1
+        self.first = num_done
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Takes in a step's losses.
+
+        Raises:
+            NotFiniteError: they, or those of steps not looked at yet, are not finite.
+        """
+        self.num_done += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        done = self.num_done - self.first
+        if done % self.every and done != self.num_steps:
+            return
+        if not all(math.isfinite(float(value)) for value in self.sums.values()):
+            raise NotFiniteError(
+                f"the loss is no finite number any more by step {self.num_done}; a lower learning rate (now "
+                f"{self.config.lr:g}) or a longer warm-up (now {self.config.warmup_epochs:g} epochs) may help."
+            )
+        if self.on_step is not None:
+            loss = sum(float(value) for value in losses.values())
+            self.on_step(self.num_done, self.config.epochs * self.num_steps, loss)
+
+    def means(self) -> dict[str, float]:
+        """The mean of each loss over the epoch so far, named loss/NAME."""
+        steps = max(1, self.num_done - self.first)
+        return {f"loss/{name}": float(value) / steps for name, value in self.sums.items()}
 
 
 def lr_schedule(step: int, steps_per_epoch: int, config: FitConfig) -> float:
@@ -229,10 +274,16 @@ def lr_schedule(step: int, steps_per_epoch: int, config: FitConfig) -> float:
 
 
 @torch.no_grad()
-def _average_(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Moves the average towards the model; counters and masks (integers) are copied."""
-    for mine, theirs in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if mine.is_floating_point():
-            mine.lerp_(theirs, 1.0 - decay)
-        else:
+def average_(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Average ← decay · average + (1 − decay) · model, in place; counters and masks (no floats) are copied."""
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    floating = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
+    torch._foreach_lerp_([mine for mine, _ in floating], [theirs for _, theirs in floating], 1.0 - decay)
+    for mine, theirs in pairs:
+        if not mine.is_floating_point():
             mine.copy_(theirs)
+
+
+def _floats(values: Mapping[str, float | None]) -> dict[str, float]:
+    """What was read from JSON: null is not a number."""
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}

@@ -16,11 +16,15 @@ PROTOCOLS = {
     "retrieval": "mean average precision, recall among the first k",
     "clustering": "k-means against the labels: NMI, ARI, FMI, accuracy",
     "health": "RankMe, alignment, uniformity, agreement with the intact network; needs no labels",
+    "robustness": "accuracy under corruptions, dropped and shuffled patches, other backgrounds",
 }
 """The protocols on frozen features: the registered evaluators."""
 
 COMMANDS = {
     "sweep": "several protocols over many networks, resumable, into one table",
+    "segment": "semantic segmentation: a linear head or UPerNet on every network",
+    "detect": "detection and instance segmentation: Faster, Mask or Cascade R-CNN on every network",
+    "pictures": "attention, parts in colour, correspondence, prototypes, map of images: sizes side by side",
 }
 """The rest, each a module of this package."""
 

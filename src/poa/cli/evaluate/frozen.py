@@ -18,11 +18,21 @@ from poa.cli.evaluate.options import (
     print_results,
     progress_bars,
     report_skipped,
+    require_used,
+    title_of,
 )
 from poa.config import to_dict
 from poa.evaluate import Evaluator, Report, Result, evaluate, split
 from poa.evaluate.registry import EVALUATORS
 from poa.evaluate.report import write_csv, write_results
+
+FIGURE_LABELS = {
+    "accuracy": ("accuracy, %", 100.0),
+    "map": ("mean average precision, %", 100.0),
+    "nmi": ("normalised mutual information", 1.0),
+    "cka": ("CKA with the intact network", 1.0),
+}
+"""How pictures word headlines, and what they multiply them with; others are drawn as they are."""
 
 EvaluatorT = TypeVar("EvaluatorT", bound=Evaluator)
 
@@ -31,8 +41,8 @@ EvaluatorT = TypeVar("EvaluatorT", bound=Evaluator)
 class EvaluateFrozen(Generic[EvaluatorT]):
     """Measure frozen networks; every image is decoded once for all of them."""
 
-    over: OmitArgPrefixes[NetworkOptions]
-    on: OmitArgPrefixes[ImageOptions]
+    network: OmitArgPrefixes[NetworkOptions]
+    image: OmitArgPrefixes[ImageOptions]
     protocol: Annotated[EvaluatorT, OmitArgPrefixes]
     json: Path | None = None
     """Write everything to this JSON file too."""
@@ -47,22 +57,23 @@ def run(name: str, arguments: Sequence[str]) -> int:
     kind: Any = EvaluateFrozen[EVALUATORS[name]]  # type: ignore[valid-type]
     command: EvaluateFrozen[Any] = tyro.cli(kind, prog=f"poa evaluate {name}", args=list(arguments))
     check_outputs(command.json, command.csv, command.picture)
-    networks, runtime = command.over.open()
-    train, test = command.on.open(networks[0].preprocessing.num_channels)
-    data = split(train, test, [command.protocol], command.over.seed)
+    require_used(command.image, [command.protocol])
+    networks, runtime = command.network.open()
+    train, test = command.image.open(networks[0].preprocessing.num_channels)
+    data = split(train, test, [command.protocol], command.image.split_seed)
     with progress_bars(data) as on_progress:
-        loading = loading_of(command.over, command.on, runtime)
+        loading = loading_of(command.network, command.image, runtime)
         report = evaluate([command.protocol], networks, data, loading=loading, on_progress=on_progress)
     report_skipped(report.skipped)
-    on = f"{report.num_train:,} training and {report.num_test:,} test images" if report.num_test else "images"
-    print_results(report.results, f"{name}, {on if report.num_test else f'{report.num_train:,} images'}")
+    looks = f", {1 + len(command.protocol.test_looks)} looks at them" if command.protocol.test_looks else ""
+    print_results(report.results, title_of(name, report.num_train, report.num_test) + looks)
     _write(command, name, report)
     return 0
 
 
 def _write(command: EvaluateFrozen[Any], name: str, report: Report) -> None:
     if command.json is not None:
-        described = {"protocol": name, "options": to_dict(command.protocol), "data": to_dict(command.on)}
+        described = {"protocol": name, "options": to_dict(command.protocol), "data": to_dict(command.image)}
         write_results(command.json, report, described)
     if command.csv is not None:
         write_csv(command.csv, report.results)
@@ -71,10 +82,14 @@ def _write(command: EvaluateFrozen[Any], name: str, report: Report) -> None:
 
 
 def draw_picture(path: Path, results: Sequence[Result]) -> None:
-    """Draws the protocol's main figure against the parameters."""
+    """Draws the protocol's own picture, or its main figure against the parameters."""
+    if EVALUATORS[results[0].protocol].draw(path, results):
+        return
     from poa.evaluate.plots import draw_front, new_figure, save_figure
 
-    figure, axes = new_figure(7, 4.5, 1)
-    draw_front(axes[0], results, {}, f"{results[0].protocol} {results[0].headline}, %")
+    protocol, headline = results[0].protocol, results[0].headline
+    label, scale = FIGURE_LABELS.get(headline, (headline, 1.0))
+    figure, axes = new_figure(7.0, 4.5, 1)
+    draw_front(axes[0], results, {}, f"{protocol}: {label}", scale)
     axes[0].set_title("")
     save_figure(figure, path)

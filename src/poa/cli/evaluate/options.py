@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,15 +20,13 @@ from poa.errors import ConfigError
 
 if TYPE_CHECKING:
     from poa.data import ImageSource, SkippedImage
-    from poa.evaluate import Loading, Result, Splits
+    from poa.evaluate import Evaluator, Loading, Result, Splits
     from poa.models import Candidate
     from poa.runtime import Runtime
 
-_MAX_COLUMNS = 8
-
 
 @dataclass(frozen=True)
-class NetworkOptions:
+class NetworkChoice:
     """Which networks, and where they compute."""
 
     networks: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -38,12 +37,10 @@ class NetworkOptions:
     """Measure the same networks with fresh weights too, to compare with."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto: CUDA where there is one, else MPS, else the CPU."""
-    batch_size: int = 64
-    """Images per forward pass."""
     num_workers: int = -1
     """Processes that decode; -1 chooses."""
-    seed: int = 0
-    """Of everything that is drawn: held-out images, fresh weights."""
+    weights_seed: int = 0
+    """Of the fresh weights of --untrained."""
 
     def open(self) -> tuple[list[Candidate], Runtime]:
         """The networks on their device, and where they compute."""
@@ -55,10 +52,18 @@ class NetworkOptions:
         runtime = resolve_runtime(RuntimeConfig(device=self.device, num_workers=self.num_workers))
         found = open_models(self.networks, self.subnets)
         if self.untrained:
-            found += open_models(self.networks, self.subnets, untrained_seed=self.seed)
+            found += open_models(self.networks, self.subnets, untrained_seed=self.weights_seed)
         for network in found:
             network.to(runtime.device)
         return found, runtime
+
+
+@dataclass(frozen=True)
+class NetworkOptions(NetworkChoice):
+    """Which networks, and how they compute."""
+
+    batch_size: int = 64
+    """Images per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class ImageOptions:
     """Parquet: the column with the encoded images."""
     label_column: str = "label"
     """Parquet: the column with the labels."""
+    split_seed: int = 0
+    """Of the images that are held out where there is no --test."""
     max_bad_share: float = 0.01
     """Refuse when more than this share of the images cannot be read; below, they are left out and reported."""
 
@@ -101,6 +108,24 @@ def progress_bars(data: Splits) -> Iterator[Callable[[str, int], None]]:
         yield lambda name, done: progress.update(tasks[name], completed=done)
 
 
+def require_used(images: ImageOptions, protocols: Sequence[Evaluator]) -> None:
+    """Refuses --test where no protocol would look at it.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if images.test is not None and not any(protocol.needs_test for protocol in protocols):
+        names = ", ".join(protocol.name for protocol in protocols)
+        raise ConfigError(f"--test {images.test} would not be used: {names} looks at the images of --train alone.")
+
+
+def title_of(protocol: str, num_train: int, num_test: int) -> str:
+    """A table's title."""
+    if not num_test:
+        return f"{protocol}, {num_train:,} images"
+    return f"{protocol}, {num_train:,} training and {num_test:,} test images"
+
+
 def report_skipped(skipped: Sequence[SkippedImage]) -> None:
     """Says which images were left out."""
     for bad in skipped:
@@ -108,19 +133,32 @@ def report_skipped(skipped: Sequence[SkippedImage]) -> None:
 
 
 def print_results(results: Sequence[Result], title: str) -> None:
-    """A table with a row for each network and a column for each figure."""
-    table = Table(title=title)
-    table.add_column("network", no_wrap=True)
-    table.add_column("parameters", justify="right")
+    """A table with a row for each network and a column for each figure, as many as the terminal is wide."""
+    console, table = Console(), Table(title=title)
+    columns = {
+        "network": [each.network for each in results],
+        "parameters": [f"{each.num_params:,}" for each in results],
+    }
     names = list(dict.fromkeys(name for result in results for name in result.figures))
-    for name in names[:_MAX_COLUMNS]:
-        table.add_column(name, justify="right")
-    for result in results:
-        cells = [formatted(result.figures.get(name)) for name in names[:_MAX_COLUMNS]]
-        table.add_row(result.network, f"{result.num_params:,}", *cells)
-    Console().print(table)
-    if len(names) > _MAX_COLUMNS:
-        print(f"and {len(names) - _MAX_COLUMNS} more figures: {', '.join(names[_MAX_COLUMNS:])} (--json has all)")
+    for name in names:
+        if name.removesuffix("_sd") == name or name.removesuffix("_sd") not in names:
+            columns[name] = [_cell(result, name) for result in results]
+    widths = [3 + max(len(name), *map(len, cells)) for name, cells in columns.items()]
+    num_shown = max(3, sum(total < console.width for total in accumulate(widths)))
+    for name in list(columns)[:num_shown]:
+        table.add_column(name, justify="left" if name == "network" else "right", no_wrap=True)
+    for row in zip(*list(columns.values())[:num_shown], strict=True):
+        table.add_row(*row)
+    console.print(table)
+    if len(columns) > num_shown:
+        left_out = ", ".join(list(columns)[num_shown:])
+        console.print(f"In the files, not here: {left_out}.", highlight=False, soft_wrap=True)
+
+
+def _cell(result: Result, name: str) -> str:
+    spread = result.figures.get(f"{name}_sd")
+    value = formatted(result.figures.get(name))
+    return value if spread is None else f"{value} ± {spread:.2g}"
 
 
 def formatted(value: float | None) -> str:

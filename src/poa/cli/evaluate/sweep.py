@@ -19,6 +19,8 @@ from poa.cli.evaluate.options import (
     print_results,
     progress_bars,
     report_skipped,
+    require_used,
+    title_of,
 )
 from poa.config import from_dict, load_yaml
 from poa.errors import ConfigError
@@ -31,8 +33,8 @@ from poa.evaluate.report import write_parquet
 class EvaluateSweep:
     """Run several protocols over many networks into one table. Stopped, the same command goes on."""
 
-    over: OmitArgPrefixes[NetworkOptions]
-    on: OmitArgPrefixes[ImageOptions]
+    network: OmitArgPrefixes[NetworkOptions]
+    image: OmitArgPrefixes[ImageOptions]
     out: Path
     """The directory for the table, the pictures and, while it runs, the vectors."""
     protocols: tuple[str, ...] = ("knn", "linear")
@@ -51,16 +53,17 @@ def run(arguments: Sequence[str]) -> int:
         EvaluateSweep, prog="poa evaluate sweep", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,)
     )
     protocols = chosen(command.protocols, command.config)
-    networks, runtime = command.over.open()
-    train, test = command.on.open(networks[0].preprocessing.num_channels)
-    data = split(train, test, protocols, command.over.seed)
+    require_used(command.image, protocols)
+    networks, runtime = command.network.open()
+    train, test = command.image.open(networks[0].preprocessing.num_channels)
+    data = split(train, test, protocols, command.image.split_seed)
     with progress_bars(data) as on_progress:
         found = sweep(
             protocols,
             networks,
             data,
             command.out,
-            loading=loading_of(command.over, command.on, runtime),
+            loading=loading_of(command.network, command.image, runtime),
             keep_features=command.keep_features,
             on_progress=on_progress,
         )
@@ -71,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
         write_parquet(command.out / "results.parquet", found.report.results)
     for protocol in protocols:
         results = found.report.of(protocol.name)
-        print_results(results, f"{protocol.name}, {data.num_train:,} training and {data.num_test:,} test images")
+        print_results(results, title_of(protocol.name, data.num_train, data.num_test if protocol.needs_test else 0))
         draw_picture(command.out / f"{protocol.name}.png", results)
     Console().print(f"The table: {found.csv}\nEverything: {found.json}", highlight=False, soft_wrap=True)
     return 0

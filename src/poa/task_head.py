@@ -1,0 +1,113 @@
+"""A linear classifier that every sub-network of a family shares, cut by the rule that cuts the family."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from poa.elastic import Axis, Cut, fixed
+from poa.errors import CheckpointError
+from poa.files import write_json
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+HEAD_FILE = "head.json"
+HEAD_WEIGHTS_FILE = "head.safetensors"
+HEAD_FORMAT = "poa-head"
+HEAD_VERSION = 1
+
+
+def head_cuts(features: Axis, num_classes: int) -> tuple[Cut, Cut]:
+    """How weight and bias of the classifier are cut: elastic in its input, with POA's factor for fewer inputs.
+
+    Args:
+        features: the channels of the class vectors (`Layout.features`).
+        num_classes: the logits.
+    """
+    return Cut((fixed(num_classes), features), fan_in=1), Cut((fixed(num_classes),))
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """The classifier of a fine-tuned family.
+
+    Attributes:
+        weight: of the intact network.
+        bias: of all sub-networks.
+        class_names: by class.
+        multi_label: whether an image may have any number of classes: the logits go through a sigmoid each.
+    """
+
+    weight: Float[Tensor, "K C"]
+    bias: Float[Tensor, "K"]
+    class_names: tuple[str, ...]
+    multi_label: bool = False
+
+    @property
+    def num_classes(self) -> int:
+        """The logits."""
+        return len(self.class_names)
+
+    def state(self, features: Axis, width: int) -> dict[str, Tensor]:
+        """`weight` and `bias` of the plain linear layer of a sub-network of that width, its factor folded in."""
+        weight, bias = head_cuts(features, self.num_classes)
+        found = {"weight": weight.apply(self.weight, width), "bias": bias.apply(self.bias, width)}
+        return {name: part.detach().cpu().clone() for name, part in found.items()}
+
+    def save(self, directory: Path) -> None:
+        """Writes `head.safetensors` and `head.json` into a directory that is there."""
+        from safetensors.torch import save_file
+
+        weights = directory / HEAD_WEIGHTS_FILE
+        parts = {"weight": self.weight, "bias": self.bias}
+        save_file({name: part.detach().cpu().contiguous() for name, part in parts.items()}, weights)
+        described = {
+            "format": HEAD_FORMAT,
+            "version": HEAD_VERSION,
+            "class_names": list(self.class_names),
+            "multi_label": self.multi_label,
+            "weights": {"file": HEAD_WEIGHTS_FILE, "sha256": _sha256(weights)},
+        }
+        write_json(directory / HEAD_FILE, described)
+
+
+def read_head(directory: Path, features: Axis) -> TaskHead | None:
+    """The classifier in a family's directory; None if the family has none.
+
+    Args:
+        directory: with `family.json`.
+        features: the channels of the family's class vectors.
+
+    Raises:
+        CheckpointError: it is damaged, from a newer version of poa, or of another family.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file, weights = directory / HEAD_FILE, directory / HEAD_WEIGHTS_FILE
+    if not file.exists() and not weights.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["format"] != HEAD_FORMAT or found["version"] > HEAD_VERSION:
+            raise CheckpointError(f"{file} is {found['format']} version {found['version']}. Install a newer poa.")
+        if _sha256(weights) != found["weights"]["sha256"]:
+            raise CheckpointError(f"{weights} is damaged: its checksum is not the one in {HEAD_FILE}. Copy it anew.")
+        state = load_file(weights)
+        head = TaskHead(state["weight"], state["bias"], tuple(found["class_names"]), bool(found["multi_label"]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}. Copy the family anew.") from error
+    expected = tuple(cut.full_shape for cut in head_cuts(features, head.num_classes))
+    if (tuple(head.weight.shape), tuple(head.bias.shape)) != expected:
+        raise CheckpointError(f"{weights} does not fit the family: its weight is {tuple(head.weight.shape)}.")
+    return head
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

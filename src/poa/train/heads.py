@@ -1,0 +1,47 @@
+"""The projection heads of a finished run: the family has the teacher's backbone, the last checkpoint its heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from poa.errors import CheckpointError
+from poa.family import load
+from poa.objective.heads import ProjectionHeads
+from poa.train.checkpoint import CheckpointStore
+from poa.train.run_directory import CONFIG_FILE, RunDirectory
+
+PREFIX = "model.teacher.heads."
+
+
+def load_heads(path: str | Path) -> ProjectionHeads | None:
+    """The teacher's heads that belong to the family of a run, on the CPU, in evaluation mode.
+
+    Returns:
+        None where there are none: the path is no run directory, or its checkpoints were removed.
+
+    Raises:
+        CheckpointError: the checkpoints are damaged, or the newest is not of the step at which the family was made.
+        ConfigError: the run's configuration is damaged.
+    """
+    run = RunDirectory(Path(path))
+    if not (run.path / CONFIG_FILE).is_file():
+        return None
+    config = run.saved_config()
+    found = CheckpointStore(run.checkpoints, keep=1).load_newest()
+    if config is None or found is None:
+        return None
+    tensors, state = found
+    family = load(run.path)
+    finished = family.card.provenance.get("steps")
+    if state["step"] != finished:
+        raise CheckpointError(
+            f"the newest checkpoint of {run.path} is of step {state['step']}, its family of step {finished}: the heads "
+            f"do not belong to it. Name the family's directory ({run.family}) to do without them."
+        )
+    heads = ProjectionHeads(family.backbone.layout.features, config.heads)
+    own = {name.removeprefix(PREFIX): part for name, part in tensors.items() if name.startswith(PREFIX)}
+    try:
+        heads.load_state_dict(own, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the heads in {run.checkpoints} do not fit {run.path / CONFIG_FILE}: {error}") from error
+    return heads.eval().requires_grad_(False)
