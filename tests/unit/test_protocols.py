@@ -305,7 +305,7 @@ def test_parts_are_drawn_class_by_class_and_are_a_function_of_the_seed():
     drawn = stratified_draw(labels, {0: 5, 1: 2, 2: 1}, 0, 0)
     assert torch.bincount(labels[drawn]).tolist() == [5, 2, 1]
     assert not torch.equal(drawn, stratified_draw(labels, {0: 5, 1: 2, 2: 1}, 0, 1))
-    with pytest.raises(DataError, match="class 1 has one image only"):
+    with pytest.raises(DataError, match="class 1 has 1 image only"):
         stratified_holdout(torch.tensor([0, 0, 1]), 0.5, 0)
 
 

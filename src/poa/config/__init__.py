@@ -14,6 +14,7 @@ from poa.config.objective import ObjectiveConfig
 from poa.config.optim import OptimConfig
 from poa.config.pretrain import MonitorConfig, PretrainConfig, RuntimeConfig, TrainConfig
 from poa.config.resnet import ResNetConfig
+from poa.config.segment import SegmentConfig
 from poa.config.swin import SwinConfig
 from poa.config.vit import ViTConfig
 
@@ -37,6 +38,7 @@ __all__ = [
     "PretrainConfig",
     "ResNetConfig",
     "RuntimeConfig",
+    "SegmentConfig",
     "SwinConfig",
     "TrainConfig",
     "ViTConfig",

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from poa.data.split import stratified_split
 from poa.errors import DataError
 from poa.randomness import generator
 
@@ -13,21 +14,13 @@ from poa.randomness import generator
 def stratified_holdout(
     labels: Int[Tensor, "N"], share: float, seed: int
 ) -> tuple[Int[Tensor, "kept"], Int[Tensor, "held"]]:
-    """Positions of the images that stay and of those held out: `share` of every class, at least one, rounded down.
-
-    Both are in rising order.
+    """Positions of the images that stay and of those held out, both in rising order; see `stratified_split`.
 
     Raises:
         DataError: a class has one image only.
     """
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    rng = generator(seed, "holdout")
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().squeeze(1).numpy()
-        if len(members) < 2:
-            raise DataError(f"class {label} has one image only; two or more are needed to hold one out.")
-        held[rng.permutation(members)[: max(1, int(share * len(members)))]] = True
-    return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
+    kept, held = stratified_split(labels.numpy(), share, seed)
+    return torch.from_numpy(kept), torch.from_numpy(held)
 
 
 def stratified_draw(labels: Int[Tensor, "N"], counts: dict[int, int], seed: int, draw: int) -> Int[Tensor, "drawn"]:

@@ -223,18 +223,17 @@ class CocoImages(DenseImages):
         folders = (file.with_suffix(""), file.parent / "images", file.parent)
         self.name, self.folder = str(file), next(folder for folder in folders if folder.is_dir())
         self.num_channels, self.max_pixels = num_channels, config.max_pixels
-        accepting = DetectConfig(masks=True, max_bad_share=1.0, max_pixels=config.max_pixels)
-        found = read_annotations(file, self.folder, accepting, num_channels)
-        counts = found.counts
-        self.images = found.images
-        for bad, total, what in (
-            (counts.skipped_images, len(found.images), "images"),
-            (counts.skipped_annotations, counts.num_boxes + counts.num_crowds, "objects"),
-        ):
-            check_share(bad, total + len(bad), config.max_bad_share, what, self.name)
+        accepting = DetectConfig(masks=True, max_bad_share=config.max_bad_share, max_pixels=config.max_pixels)
+        try:
+            found = read_annotations(file, self.folder, accepting, num_channels)
+        except DataError as error:
+            raise DataError(str(error).replace("--detect.", "--segment.")) from error
+        self.images, counts = found.images, found.counts
         self.skipped = (*counts.skipped_images, *counts.skipped_annotations)
         self.first = int(config.background == "class")
         self.class_names = (*("background",) * self.first, *found.class_names)
+        if len(self.class_names) > MAX_CLASSES:
+            raise DataError(f"{file} has {len(self.class_names)} classes; masks hold {MAX_CLASSES} at most.")
         sums = _checked(len(found.images), self._counts, self.name, on_progress)
         self.pixels = np.sum([part for part in sums if not isinstance(part, str)], axis=0)[: len(self.class_names)]
         digest = hashlib.sha256(file.read_bytes())

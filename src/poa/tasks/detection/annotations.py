@@ -102,6 +102,8 @@ def read_annotations(file: Path, folder: Path, config: DetectConfig, num_channel
     """
     document = _document(file)
     _require_folder(document["images"], folder, file)
+    if config.masks:
+        _require_segmentations(document["annotations"], file)
     categories = _categories(document, file)
     reader = _Reader(folder, config, num_channels, {key: label for label, key in enumerate(sorted(categories))})
     reader.read_images(document["images"])
@@ -267,6 +269,15 @@ def _require_folder(entries: list[Any], folder: Path, file: Path) -> None:
         raise DataError(
             f"none of the {len(files)} images of {file} is in {folder}; the first is {printable(files[0])!r}. Name the "
             "folder that their file names are relative to."
+        )
+
+
+def _require_segmentations(entries: list[Any], file: Path) -> None:
+    """Refuses annotations that are all of boxes alone."""
+    if entries and not any(isinstance(entry, dict) and entry.get("segmentation") for entry in entries):
+        raise DataError(
+            f"none of the {len(entries)} annotations of {file} has a `segmentation`, which masks are learnt from. "
+            "`poa evaluate detect` without --detect.masks needs none."
         )
 
 
