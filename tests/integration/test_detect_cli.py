@@ -91,7 +91,7 @@ def without_segmentations(document):
 
 
 MISTAKES = {
-    "masks without segmentations": (("--detect.masks",), without_segmentations, "has a `segmentation`"),
+    "masks without segmentations": (("--detect.masks",), without_segmentations, "its segmentation is missing"),
     "a size of no whole patches": (("--detect.image-size", "50", "64"), None, "multiples of its patches"),
     "images elsewhere": (("--train-images", "."), None, "none of the 4 images of"),
     "a folder of no annotations": (("--val-images", "."), None, "left out where there is no --val"),

@@ -102,8 +102,6 @@ def read_annotations(file: Path, folder: Path, config: DetectConfig, num_channel
     """
     document = _document(file)
     _require_folder(document["images"], folder, file)
-    if config.masks:
-        _require_segmentations(document["annotations"], file)
     categories = _categories(document, file)
     reader = _Reader(folder, config, num_channels, {key: label for label, key in enumerate(sorted(categories))})
     reader.read_images(document["images"])
@@ -272,15 +270,6 @@ def _require_folder(entries: list[Any], folder: Path, file: Path) -> None:
         )
 
 
-def _require_segmentations(entries: list[Any], file: Path) -> None:
-    """Refuses annotations that are all of boxes alone."""
-    if entries and not any(isinstance(entry, dict) and entry.get("segmentation") for entry in entries):
-        raise DataError(
-            f"none of the {len(entries)} annotations of {file} has a `segmentation`, which masks are learnt from. "
-            "`poa evaluate detect` without --detect.masks needs none."
-        )
-
-
 def _image_name(entry: object, number: int) -> str:
     name = entry.get("file_name") if isinstance(entry, dict) else None
     return printable(name) if isinstance(name, str) and name else f"image {number}"
@@ -291,9 +280,11 @@ def _check_share(bad: tuple[SkippedImage, ...], total: int, accepted: float, wha
         return
     listed = "".join(f"\n  {name}: {reason}" for name, reason in bad[:_SHOWN])
     more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    needed = min(1.0, (int(1000 * len(bad) / total) + 1) / 1000)
+    advice = "Mend them."
+    if len(bad) < total:
+        needed = min(1.0, (int(1000 * len(bad) / total) + 1) / 1000)
+        advice = f"Mend or remove them, or raise --detect.max-bad-share to {needed:g}."
     raise DataError(
         f"{len(bad)} of {total} {what} of {file} cannot be used, more than the share of {accepted:g} that "
-        f"--detect.max-bad-share accepts:{listed}{more}\n"
-        f"Mend or remove them, or raise --detect.max-bad-share to {needed:g}."
+        f"--detect.max-bad-share accepts:{listed}{more}\n{advice}"
     )
