@@ -43,10 +43,10 @@ def described(result: Result, num_test: int) -> dict[str, Any]:
 def draw(path: Path, results: list[Result], raw: float) -> None:
     """k-NN and linear accuracy of every sub-network against its parameters."""
     figure, axes = new_figure(12, 4.5, len(PROTOCOLS))
-    for axis, protocol in zip(axes, PROTOCOLS, strict=True):
+    for axis, protocol, label in zip(axes, PROTOCOLS, ("k-NN", "linear probe"), strict=True):
         mine = [result for result in results if result.protocol == protocol.name]
-        draw_front(axis, mine, {"raw pixels": raw} if protocol.name == "knn" else {}, f"{protocol.name} accuracy, %")
-        axis.set_title(f"{protocol.name}, CIFAR-10")
+        draw_front(axis, mine, {"raw pixels": raw} if protocol.name == "knn" else {}, f"{label} accuracy, %")
+        axis.set_title(f"CIFAR-10, {label}")
     save_figure(figure, path)
 
 

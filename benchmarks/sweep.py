@@ -30,9 +30,8 @@ from machine import describe_machine
 
 import poa.evaluate.features as features_module
 from poa.config import DataConfig
-from poa.data import ImageSource, normalize, open_source
+from poa.data import ImageSource, eval_transform, normalize, open_source
 from poa.evaluate import Loading, extract_features, split, sweep
-from poa.evaluate.looks import PLAIN
 from poa.evaluate.registry import EVALUATORS
 from poa.models import Candidate, open_models
 
@@ -41,9 +40,11 @@ NUM_BLOCKS = 4
 
 def decoded(source: ImageSource, network: Candidate, batch_size: int) -> Iterator[np.ndarray]:
     """The network's inputs in batches, as the sweep makes them."""
+    how = network.preprocessing
+    shape = (how.image_size, how.crop_pct, how.interpolation)
     for start in range(0, len(source), batch_size):
         stop = min(start + batch_size, len(source))
-        yield np.stack([PLAIN(source.load(index), index, network.preprocessing) for index in range(start, stop)])
+        yield np.stack([eval_transform(source.load(index), *shape) for index in range(start, stop)])
 
 
 def forward_seconds(networks: list[Candidate], batches: list[np.ndarray]) -> float:

@@ -47,7 +47,8 @@ def draw_front(
 ) -> None:
     """The protocol's main figure against parameters: a line for each width, a dashed line for each reference.
 
-    Networks that are no sub-networks of a family are single points with their names.
+    Untrained networks have open circles and dashed lines in their width's colour; networks that are no sub-networks of
+    a family are single points with their names.
 
     Args:
         axis: where to draw.
@@ -56,14 +57,17 @@ def draw_front(
         label: what the figure is, with its unit.
         scale: what the figure is multiplied with; 100 draws a share in per cent.
     """
-    by_width: dict[str, list[Result]] = defaultdict(list)
+    series: dict[tuple[str, bool], list[Result]] = defaultdict(list)
     for result in results:
-        family, width, _ = _parts(result)
-        by_width[f"{family} {width}".strip() if width else ""].append(result)
-    alone = by_width.pop("", [])
-    for colour, (name, members) in repeating(COLOURS, by_width.items()):
+        name, is_untrained, _ = _parts(result)
+        series[name, is_untrained].append(result)
+    alone = [*series.pop(("", False), []), *series.pop(("", True), [])]
+    colours = {name: colour for colour, name in repeating(COLOURS, dict.fromkeys(name for name, _ in series))}
+    for (name, is_untrained), members in series.items():
+        look: dict[str, Any] = {"color": colours[name], "label": f"{name} untrained" if is_untrained else name}
+        look |= {"linestyle": "--", "markerfacecolor": "white"} if is_untrained else {}
         sizes = [member.num_params for member in members]
-        axis.plot(sizes, [scale * member.value for member in members], "o-", color=colour, label=name)
+        axis.plot(sizes, [scale * member.value for member in members], marker="o", **look)
         for member, size in zip(members, sizes, strict=True):
             _annotate(axis, _parts(member)[2], size, scale * member.value)
     for member in alone:
@@ -73,22 +77,32 @@ def draw_front(
         text = f"{name} {value:.1%}" if scale == 100 else f"{name} {scale * value:.3g}"
         axis.axhline(scale * value, color="0.4", linestyle=style, linewidth=1, label=text)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(_thousands)
+    axis.xaxis.set_minor_formatter(_thousands)
     axis.set_xlabel("parameters")
     axis.set_ylabel(label)
     axis.set_title("Every sub-network of one run")
-    if by_width or references:
+    if series or references:
         axis.legend(fontsize=8, frameon=False)
 
 
-def _parts(result: Result) -> tuple[str, str, str]:
-    """Family, width and depth of a sub-network's name; empty where it is no sub-network."""
-    family, _, name = result.network.rpartition("/")
+def _parts(result: Result) -> tuple[str, bool, str]:
+    """Of a sub-network's name family and width, whether it is untrained, depth; no family and width for others."""
+    name = result.network.removesuffix(" untrained")
+    is_untrained = name != result.network
+    family, _, member = name.rpartition("/")
     try:
-        subnet = Subnet.parse(name.removesuffix(" untrained"))
+        subnet = Subnet.parse(member)
     except SubnetError:
-        return "", "", result.network
-    untrained = "untrained" if name.endswith(" untrained") else ""
-    return f"{family} {untrained}".strip(), f"width {subnet.width}", str(subnet).split("-", 1)[1]
+        return "", is_untrained, result.network
+    return f"{family} width {subnet.width}".strip(), is_untrained, str(subnet).split("-", 1)[1]
+
+
+def _thousands(size: float, _position: object = None) -> str:
+    """A number of parameters for an axis; empty where the first digit is no 1, 2 or 5, lest numbers overlap."""
+    if f"{size:e}"[0] not in "125":
+        return ""
+    return f"{size / 1e6:g} M" if size >= 1e6 else f"{size / 1e3:g} k"
 
 
 def _annotate(axis: Axes, text: str, size: int, height: float) -> None:
