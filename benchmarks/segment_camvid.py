@@ -29,9 +29,9 @@ from poa.config.segment import SegmentConfig
 from poa.evaluate.plots import save_figure
 from poa.models import Candidate, open_models
 from poa.runtime import Runtime, resolve_runtime
-from poa.tasks.dense_data import SegmentationData, open_segmentation
-from poa.tasks.segment import SegmentationTask, SegmentReport, train_segmentation
-from poa.tasks.segment_picture import segmentation_picture, shown_images
+from poa.tasks.segmentation.data import SegmentationData, open_segmentation
+from poa.tasks.segmentation.pictures import segmentation_picture, shown_images
+from poa.tasks.segmentation.task import SegmentationTask, SegmentReport, train_segmentation
 
 
 def run(

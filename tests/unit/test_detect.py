@@ -15,6 +15,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 from poa.config import DetectConfig, FitConfig
 from poa.errors import CheckpointError, ConfigError, DataError, PoaWarning
 from poa.models import TimmCandidate
+from poa.tasks.dense.canvas import View, draw_view, on_canvas
 from poa.tasks.detection import (
     DetectionData,
     DetectionTask,
@@ -29,7 +30,7 @@ from poa.tasks.detection import (
 from poa.tasks.detection.cascade import CascadeRoIHeads, ClassAgnosticPredictor, _labelled
 from poa.tasks.detection.model import Anchors, Letterbox, region_pool
 from poa.tasks.detection.pyramid import Pyramid
-from poa.tasks.detection.views import View, draw_view, moved_boxes, moved_masks, on_canvas
+from poa.tasks.detection.views import moved_boxes, moved_masks
 from poa.tasks.parameters import parameter_groups
 from tests.coco_images import CONFIGS, CPU, TINY, changed, edited, member_of, opened, squares
 
@@ -344,7 +345,7 @@ def test_boxes_and_masks_stay_on_their_objects(seed):
     top, left = (int(rng.integers(0, side - 20)) for side in size)
     pixels = np.zeros(size, dtype=np.uint8)
     pixels[top : top + 16, left : left + 18] = 255
-    view = draw_view(size, config, rng)
+    view = draw_view(size, config.image_size, config.scale_range, config.flip_prob, rng)
     canvas = np.asarray(on_canvas(Image.fromarray(pixels), view, config.image_size, 0))
     (box,) = moved_boxes(np.array([[left, top, left + 18.0, top + 16.0]]), view, size, config.image_size)
     (mask,) = moved_masks(pixels[None] // 255, view, config.image_size)
@@ -364,7 +365,10 @@ def test_a_flip_turns_boxes_as_it_turns_pixels():
 
 def test_a_scale_of_one_without_flips_is_letterboxing_somewhere_on_the_canvas():
     config = changed(TINY, scale_range=(1.0, 1.0), flip_prob=0.0)
-    views = [draw_view((90, 40), config, np.random.default_rng(seed)) for seed in range(50)]
+    views = [
+        draw_view((90, 40), config.image_size, config.scale_range, config.flip_prob, np.random.default_rng(seed))
+        for seed in range(50)
+    ]
     assert {view.size for view in views} == {(48, 21)}
     assert {view.offset[0] for view in views} == {0}
     columns = {view.offset[1] for view in views}

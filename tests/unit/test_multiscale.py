@@ -7,7 +7,7 @@ from poa.backbones import ARCHITECTURES
 from poa.errors import ConfigError
 from poa.family import Family, FamilyCard, Preprocessing
 from poa.models import family_members
-from poa.tasks.multiscale import finest_stride, last_scales, multi_scale
+from poa.tasks.dense.multiscale import finest_stride, last_scales, multi_scale
 from tests.contract.configs import SMALLEST
 
 

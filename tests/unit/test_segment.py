@@ -18,10 +18,11 @@ from poa.errors import ConfigError, DataError, PoaWarning
 from poa.family import Family, FamilyCard, Preprocessing
 from poa.models import family_members
 from poa.runtime import Runtime
-from poa.tasks.dense_batches import MeasuredMasks, TrainingCrops
-from poa.tasks.dense_data import IGNORED, open_segmentation, read_classes
 from poa.tasks.fit import NotFiniteError
-from poa.tasks.segment import (
+from poa.tasks.segmentation.batches import MeasuredMasks, TrainingCrops
+from poa.tasks.segmentation.data import IGNORED, open_segmentation, read_classes
+from poa.tasks.segmentation.pictures import class_colours, segmentation_picture
+from poa.tasks.segmentation.task import (
     SegmentationTask,
     check_networks,
     confusion_matrix,
@@ -30,7 +31,6 @@ from poa.tasks.segment import (
     result_folder,
     train_segmentation,
 )
-from poa.tasks.segment_picture import class_colours, segmentation_picture
 from tests.contract.configs import SMALLEST
 
 CPU = Runtime(torch.device("cpu"), "float32", False, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from poa.config import DataConfig
@@ -53,14 +54,24 @@ def open_source(spec: str, config: DataConfig, num_channels: int, *, require_lab
     return source
 
 
-def check_bad_share(bad: tuple[SkippedImage, ...], num_images: int, max_share: float, where: str = "") -> None:
-    """Refuses a source with too many unusable images.
+def check_bad_share(
+    bad: Sequence[SkippedImage],
+    num_images: int,
+    max_share: float,
+    where: str = "",
+    *,
+    what: str = "images",
+    option: str = "--data.max-bad-share",
+) -> None:
+    """Refuses data of which too much is unusable.
 
     Args:
-        bad: the unusable images.
-        num_images: all images, the unusable ones included.
+        bad: the unusable images, or other parts.
+        num_images: all of them, the unusable ones included.
         max_share: the greatest share of them that is accepted.
         where: a sentence for the message that says where all are listed.
+        what: what they are, for the message.
+        option: which sets `max_share`.
 
     Raises:
         DataError: len(bad) / num_images > max_share.
@@ -70,9 +81,9 @@ def check_bad_share(bad: tuple[SkippedImage, ...], num_images: int, max_share: f
     listed = "".join(f"\n  {name}: {reason}" for name, reason in bad[:5])
     more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
     raise DataError(
-        f"{len(bad)} of {num_images} images cannot be used, more than the share of {max_share:g} that "
-        f"--data.max-bad-share accepts:{listed}{more}\n{where}"
-        f"Mend or remove them, or raise --data.max-bad-share to {_share_above(len(bad) / num_images):g}."
+        f"{len(bad)} of {num_images} {what} cannot be used, more than the share of {max_share:g} that "
+        f"{option} accepts:{listed}{more}\n{where}"
+        f"Mend or remove them, or raise {option} to {_share_above(len(bad) / num_images):g}."
     )
 
 

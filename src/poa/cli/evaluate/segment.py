@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from poa.evaluate import Result
     from poa.models import Candidate
     from poa.runtime import Runtime
-    from poa.tasks.dense_data import SegmentationData
-    from poa.tasks.segment import SegmentReport
+    from poa.tasks.segmentation.data import SegmentationData
+    from poa.tasks.segmentation.task import SegmentReport
 
 _MAX_COLUMNS = 4
 """Networks in the picture."""
@@ -104,7 +104,7 @@ def run(arguments: Sequence[str]) -> int:
     if command.out.is_file():
         raise ConfigError(f"--out {command.out} is a file. Name a directory.")
     check_outputs(command.out / "results.json")
-    from poa.tasks.segment import check_networks
+    from poa.tasks.segmentation.task import check_networks
 
     networks, runtime = command.network.open()
     check_networks(networks, command.head, command.segment, command.fit)
@@ -123,7 +123,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _opened(command: EvaluateSegment, networks: Sequence[Candidate], bars: _Bars) -> SegmentationData:
-    from poa.tasks.dense_data import open_segmentation
+    from poa.tasks.segmentation.data import open_segmentation
 
     image = command.image
     return open_segmentation(
@@ -142,8 +142,8 @@ def _trained(
 ) -> list[SegmentReport]:
     """Every network in turn; those that were done already are not done again. The table is written after each."""
     from poa.tasks.curves import draw_history
-    from poa.tasks.segment import SegmentationTask, known_report, result_folder, train_segmentation
-    from poa.tasks.segment_picture import shown_images
+    from poa.tasks.segmentation.pictures import shown_images
+    from poa.tasks.segmentation.task import SegmentationTask, known_report, result_folder, train_segmentation
 
     numbers = (command.head, command.segment, command.fit)
     shown = shown_images(len(data.test), command.num_shown)
@@ -196,7 +196,7 @@ def _draw(
     command: EvaluateSegment, data: SegmentationData, results: Sequence[Result], reports: Sequence[SegmentReport]
 ) -> None:
     from poa.evaluate.plots import draw_front, new_figure, save_figure
-    from poa.tasks.segment_picture import segmentation_picture, shown_images
+    from poa.tasks.segmentation.pictures import segmentation_picture, shown_images
 
     shown = shown_images(len(data.test), command.num_shown)
     predictions = {

@@ -1,9 +1,9 @@
 """Object detection and instance segmentation on any network, with torchvision's detectors and COCO's metric."""
 
-from poa.tasks.detection.annotations import AnnotationCounts, Annotations, Instance, read_annotations
+from poa.tasks.dense.annotations import AnnotationCounts, Annotations, Instance, read_annotations
+from poa.tasks.dense.extras import require_metric_libraries
 from poa.tasks.detection.cascade import CascadeRoIHeads, Target
 from poa.tasks.detection.data import CocoDataset, DetectionBatch, TrainingBatches
-from poa.tasks.detection.extras import require_metric_libraries
 from poa.tasks.detection.metrics import CocoMetric
 from poa.tasks.detection.model import Detector, build_detector
 from poa.tasks.detection.pictures import detection_picture, detections_on, shown_images

@@ -21,9 +21,10 @@ from poa.data import BadImage, decode_image
 from poa.data.base import printable
 from poa.errors import DataError
 from poa.randomness import generator
-from poa.tasks.detection.annotations import AnnotationCounts, Instance, read_annotations
+from poa.tasks.dense.annotations import Accepting, AnnotationCounts, Instance, read_annotations
+from poa.tasks.dense.canvas import View, as_tensor, draw_view, on_canvas
 from poa.tasks.detection.cascade import Target
-from poa.tasks.detection.views import View, as_tensor, decoded_masks, draw_view, moved_boxes, moved_masks, on_canvas
+from poa.tasks.detection.views import decoded_masks, moved_boxes, moved_masks
 
 _SMALLEST = 1.0
 
@@ -55,7 +56,8 @@ class CocoDataset:
         self.num_channels = num_channels
         self.max_pixels = config.max_pixels
         self.has_masks = config.masks
-        found = read_annotations(annotations, images, config, num_channels)
+        accepting = Accepting(config.masks, config.max_bad_share, config.max_pixels, "--detect.max-bad-share")
+        found = read_annotations(annotations, images, accepting, num_channels)
         self._images = found.images
         self.class_names: tuple[str, ...] = found.class_names
         self.counts: AnnotationCounts = found.counts
@@ -153,7 +155,9 @@ class TrainingBatches(Dataset[DetectionBatch]):
     def _sample(self, epoch: int, index: int) -> tuple[UInt8[Tensor, "C H W"], Target]:
         image = self.dataset.load(index)
         rng = generator(self.seed, "detection view", epoch, index)
-        view = draw_view((image.height, image.width), self.config, rng)
+        config = self.config
+        size = (image.height, image.width)
+        view = draw_view(size, config.image_size, config.scale_range, config.flip_prob, rng)
         objects = [item for item in self.dataset.instances(index) if not item.is_crowd]
         canvas = on_canvas(image, view, self.config.image_size, self.fill)
         return as_tensor(canvas), self._target(objects, view, (image.height, image.width))

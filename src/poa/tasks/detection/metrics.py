@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from poa.tasks.dense.extras import require_metric_libraries
 from poa.tasks.detection.cascade import Target
-from poa.tasks.detection.extras import require_metric_libraries
 
 FIGURES = {
     "AP": "map",

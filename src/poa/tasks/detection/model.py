@@ -25,6 +25,7 @@ from poa.config import DetectConfig
 from poa.errors import ConfigError
 from poa.models import Candidate
 from poa.randomness import derived_seed
+from poa.tasks.dense.canvas import fitted
 from poa.tasks.detection.cascade import (
     STAGE_IOUS,
     STAGE_WEIGHTS,
@@ -34,7 +35,6 @@ from poa.tasks.detection.cascade import (
     Target,
 )
 from poa.tasks.detection.pyramid import Pyramid
-from poa.tasks.detection.views import fitted
 
 _FASTER_IOU = 0.5
 _FASTER_WEIGHTS = (10.0, 10.0, 5.0, 5.0)

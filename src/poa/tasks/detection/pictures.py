@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from poa.errors import ConfigError
+from poa.tasks.dense.canvas import as_tensor
 from poa.tasks.detection.cascade import Target
 from poa.tasks.detection.data import CocoDataset
 from poa.tasks.detection.metrics import comparable
-from poa.tasks.detection.views import as_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

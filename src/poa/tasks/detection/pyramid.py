@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from poa.tasks.multiscale import multi_scale
+from poa.tasks.dense.multiscale import multi_scale
 
 
 class Pyramid(nn.Module):

@@ -12,12 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from poa.config.detect import DetectConfig
 from poa.config.segment import SegmentConfig
 from poa.family import Preprocessing
 from poa.randomness import derived_seed, generator
-from poa.tasks.dense_data import IGNORED, DenseImages
-from poa.tasks.detection.views import View, as_tensor, draw_view, fitted, on_canvas
+from poa.tasks.dense.canvas import View, as_tensor, draw_view, fitted, on_canvas
+from poa.tasks.segmentation.data import IGNORED, DenseImages
 
 
 class MaskedBatch(NamedTuple):
@@ -63,7 +62,7 @@ class TrainingCrops(Dataset[MaskedBatch]):
         self.data, self.canvas, self.seed = data, canvas, seed
         self.fill, self.color_jitter = fill_of(how), config.color_jitter
         self.batch_size = min(batch_size, len(data))
-        self.views = DetectConfig(image_size=canvas, scale_range=config.scale_range, flip_prob=config.flip_prob)
+        self.jitter = config.scale_range, config.flip_prob
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -79,7 +78,8 @@ class TrainingCrops(Dataset[MaskedBatch]):
 
     def _sample(self, epoch: int, index: int) -> tuple[UInt8[Tensor, "C H W"], UInt8[Tensor, "H W"]]:
         image, mask = self.data.load(index)
-        view = draw_view((image.height, image.width), self.views, generator(self.seed, "segment view", epoch, index))
+        rng = generator(self.seed, "segment view", epoch, index)
+        view = draw_view((image.height, image.width), self.canvas, *self.jitter, rng)
         pixels = as_tensor(on_canvas(image, view, self.canvas, self.fill))
         placed = mask_on_canvas(mask, view, self.canvas)
         return self._coloured(pixels, derived_seed(self.seed, "segment colour", epoch, index)), placed

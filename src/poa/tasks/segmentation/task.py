@@ -25,10 +25,10 @@ from poa.files import write_json
 from poa.models import Candidate
 from poa.randomness import derived_seed
 from poa.runtime import Runtime
-from poa.tasks.dense_batches import MaskedBatch, MeasuredBatch, MeasuredMasks, TrainingCrops
-from poa.tasks.dense_data import IGNORED, DenseImages, SegmentationData
+from poa.tasks.dense.multiscale import Scales, last_scales, multi_scale
 from poa.tasks.fit import STATE_FOLDER, OnStep, Task, fit
-from poa.tasks.multiscale import Scales, last_scales, multi_scale
+from poa.tasks.segmentation.batches import MaskedBatch, MeasuredBatch, MeasuredMasks, TrainingCrops
+from poa.tasks.segmentation.data import IGNORED, DenseImages, SegmentationData
 
 RESULT_FILE = "result.json"
 _LINEAR_STD = 0.01

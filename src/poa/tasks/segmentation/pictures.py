@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from poa.errors import ConfigError
-from poa.tasks.dense_data import IGNORED, DenseImages
+from poa.tasks.segmentation.data import IGNORED, DenseImages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from poa.tasks.detection.extras import mask_api
+from poa.tasks.dense.extras import mask_api
 
 
 class BadEntry(Exception):  # noqa: N818 (a finding about an entry, reported and skipped; not a PoaError)

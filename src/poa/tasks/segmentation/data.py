@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,20 +18,20 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from poa.config import DataConfig
-from poa.config.detect import DetectConfig
 from poa.config.segment import SegmentConfig
 from poa.data import BadImage, SkippedImage, decode_image, open_source
 from poa.data.base import printable
+from poa.data.sources import check_bad_share
 from poa.errors import DataError, PoaWarning
-from poa.tasks.detection.annotations import Instance, read_annotations
-from poa.tasks.detection.extras import mask_api
+from poa.tasks.dense.annotations import Accepting, Instance, read_annotations
+from poa.tasks.dense.extras import mask_api
 
 IGNORED = 255
 """The class of pixels that are neither trained on nor measured."""
 CLASSES_FILE = "classes.json"
 MAX_CLASSES = 255
 _MASK_MODES = ("1", "L", "P")
-_SHOWN = 5
+_SHARE_OPTION = "--segment.max-bad-share"
 _LAYOUT = (
     "Give a folder with images/ and masks/ (8-bit PNG of the same name, a class id for every pixel), or a COCO file "
     "ending in .json."
@@ -156,9 +156,8 @@ class FolderImages(DenseImages):
             *self.source.skipped,
             *(SkippedImage(self.source.image_name(index), reason) for index, reason in bad.items()),
         )
-        check_share(
-            self.skipped, len(self.source) + len(self.source.skipped), config.max_bad_share, "images", self.name
-        )
+        total, share = len(self.source) + len(self.source.skipped), config.max_bad_share
+        check_bad_share(self.skipped, total, share, what=f"images of {self.name}", option=_SHARE_OPTION)
         counts = np.array([ids for ids in found if not isinstance(ids, str)]).reshape(-1, 256)
         self.classes = classes or _counted_classes(counts.sum(axis=0))
         self.class_names = self.classes.names
@@ -223,11 +222,8 @@ class CocoImages(DenseImages):
         folders = (file.with_suffix(""), file.parent / "images", file.parent)
         self.name, self.folder = str(file), next(folder for folder in folders if folder.is_dir())
         self.num_channels, self.max_pixels = num_channels, config.max_pixels
-        accepting = DetectConfig(masks=True, max_bad_share=config.max_bad_share, max_pixels=config.max_pixels)
-        try:
-            found = read_annotations(file, self.folder, accepting, num_channels)
-        except DataError as error:
-            raise DataError(str(error).replace("--detect.", "--segment.")) from error
+        accepting = Accepting(True, config.max_bad_share, config.max_pixels, _SHARE_OPTION)
+        found = read_annotations(file, self.folder, accepting, num_channels)
         self.images, counts = found.images, found.counts
         self.skipped = (*counts.skipped_images, *counts.skipped_annotations)
         self.first = int(config.background == "class")
@@ -379,24 +375,6 @@ def read_ids(file: Path, max_pixels: int) -> UInt8[np.ndarray, "h w"]:
             return np.array(mask).astype(np.uint8)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImage(f"its mask cannot be read: {' '.join(str(error).split())[:200]}") from error
-
-
-def check_share(bad: Sequence[SkippedImage], total: int, accepted: float, what: str, where: str) -> None:
-    """Refuses data of which more than the accepted share cannot be used.
-
-    Raises:
-        DataError: so it is; the first are listed.
-    """
-    if len(bad) <= accepted * total:
-        return
-    listed = "".join(f"\n  {name}: {reason}" for name, reason in bad[:_SHOWN])
-    more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    needed = min(1.0, (int(1000 * len(bad) / total) + 1) / 1000)
-    raise DataError(
-        f"{len(bad)} of {total} {what} of {where} cannot be used, more than the share of {accepted:g} that "
-        f"--segment.max-bad-share accepts:{listed}{more}\n"
-        f"Mend or remove them, or raise --segment.max-bad-share to {needed:g}."
-    )
 
 
 def _checked(

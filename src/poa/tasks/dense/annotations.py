@@ -10,13 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from poa.config import DetectConfig
 from poa.data import BadImage, SkippedImage, decode_image
 from poa.data.base import printable
+from poa.data.sources import check_bad_share
 from poa.errors import DataError
-from poa.tasks.detection.entries import BadEntry, as_object, entry_area, entry_box, entry_field, run_lengths
+from poa.tasks.dense.entries import BadEntry, as_object, entry_area, entry_box, entry_field, run_lengths
 
-_SHOWN = 5
+
+class Accepting(NamedTuple):
+    """What of an annotation file is needed and accepted."""
+
+    masks: bool
+    """Whether every object needs a mask."""
+    max_bad_share: float
+    """The share of the images, and of the annotations, that may be unusable."""
+    max_pixels: int
+    """Larger images are unusable."""
+    option: str
+    """The option that sets `max_bad_share`, for messages."""
 
 
 class Instance(NamedTuple):
@@ -83,7 +94,7 @@ class Annotations(NamedTuple):
     counts: AnnotationCounts
 
 
-def read_annotations(file: Path, folder: Path, config: DetectConfig, num_channels: int) -> Annotations:
+def read_annotations(file: Path, folder: Path, accepting: Accepting, num_channels: int) -> Annotations:
     """Reads a COCO file, decodes every image once, and leaves out what cannot be used.
 
     Boxes are cut at the border of their image; those of which nothing remains, that have no area or a side that is no
@@ -93,7 +104,7 @@ def read_annotations(file: Path, folder: Path, config: DetectConfig, num_channel
     Args:
         file: the annotations.
         folder: what the images' `file_name`s are relative to.
-        config: whether masks are needed, and what share may be unusable.
+        accepting: what is needed and accepted.
         num_channels: of the decoded images.
 
     Raises:
@@ -103,12 +114,13 @@ def read_annotations(file: Path, folder: Path, config: DetectConfig, num_channel
     document = _document(file)
     _require_folder(document["images"], folder, file)
     categories = _categories(document, file)
-    reader = _Reader(folder, config, num_channels, {key: label for label, key in enumerate(sorted(categories))})
+    reader = _Reader(folder, accepting, num_channels, {key: label for label, key in enumerate(sorted(categories))})
     reader.read_images(document["images"])
     reader.read_objects(document["annotations"])
     counts = reader.counts()
-    _check_share(counts.skipped_images, len(document["images"]), config.max_bad_share, "images", file)
-    _check_share(counts.skipped_annotations, len(document["annotations"]), config.max_bad_share, "annotations", file)
+    for what, bad in (("images", counts.skipped_images), ("annotations", counts.skipped_annotations)):
+        share, option = accepting.max_bad_share, accepting.option
+        check_bad_share(bad, len(document[what]), share, what=f"{what} of {file}", option=option)
     if not counts.num_boxes:
         raise DataError(
             f"{file} holds no object to detect: {counts.num_images} usable images, {counts.num_crowds} crowds, "
@@ -121,8 +133,8 @@ def read_annotations(file: Path, folder: Path, config: DetectConfig, num_channel
 class _Reader:
     """Collects the usable images and objects, and the unusable ones with reasons."""
 
-    def __init__(self, folder: Path, config: DetectConfig, num_channels: int, labels: dict[int, int]) -> None:
-        self.folder, self.config, self.num_channels, self.labels = folder, config, num_channels, labels
+    def __init__(self, folder: Path, accepting: Accepting, num_channels: int, labels: dict[int, int]) -> None:
+        self.folder, self.accepting, self.num_channels, self.labels = folder, accepting, num_channels, labels
         self.images: dict[int, AnnotatedImage] = {}
         self.unusable: set[int] = set()
         self.known_ids: set[int | str] = set()
@@ -161,7 +173,7 @@ class _Reader:
     def _problem(self, image: AnnotatedImage) -> str:
         """Why the image cannot be used, if so; where the file does not state its size, it is filled in."""
         try:
-            decoded = decode_image(self.folder / image.file_name, self.num_channels, self.config.max_pixels)
+            decoded = decode_image(self.folder / image.file_name, self.num_channels, self.accepting.max_pixels)
         except BadImage as error:
             return error.reason
         size = (decoded.height, decoded.width)
@@ -201,7 +213,7 @@ class _Reader:
         box = (max(0.0, stated[0]), max(0.0, stated[1]), min(float(width), stated[2]), min(float(height), stated[3]))
         if box[2] <= box[0] or box[3] <= box[1]:
             raise BadEntry(f"its box {entry['bbox']} lies outside of its image of {width}×{height}")
-        mask = run_lengths(entry.get("segmentation"), (height, width)) if self.config.masks else None
+        mask = run_lengths(entry.get("segmentation"), (height, width)) if self.accepting.masks else None
         self.num_clipped += box != stated
         image.instances.append(
             Instance(box, self.labels[category], bool(entry.get("iscrowd", 0)), entry_area(entry, box), mask)
@@ -273,18 +285,3 @@ def _require_folder(entries: list[Any], folder: Path, file: Path) -> None:
 def _image_name(entry: object, number: int) -> str:
     name = entry.get("file_name") if isinstance(entry, dict) else None
     return printable(name) if isinstance(name, str) and name else f"image {number}"
-
-
-def _check_share(bad: tuple[SkippedImage, ...], total: int, accepted: float, what: str, file: Path) -> None:
-    if len(bad) <= accepted * total:
-        return
-    listed = "".join(f"\n  {name}: {reason}" for name, reason in bad[:_SHOWN])
-    more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    advice = "Mend them."
-    if len(bad) < total:
-        needed = min(1.0, (int(1000 * len(bad) / total) + 1) / 1000)
-        advice = f"Mend or remove them, or raise --detect.max-bad-share to {needed:g}."
-    raise DataError(
-        f"{len(bad)} of {total} {what} of {file} cannot be used, more than the share of {accepted:g} that "
-        f"--detect.max-bad-share accepts:{listed}{more}\n{advice}"
-    )

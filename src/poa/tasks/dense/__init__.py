@@ -1,0 +1,1 @@
+"""What segmentation and detection share: maps at four scales, COCO's annotations, images on a canvas."""
