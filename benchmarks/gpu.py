@@ -31,6 +31,7 @@ def main() -> int:
         "-m",
         everything,
         "tests/integration/test_devices.py",
+        "tests/integration/test_evaluate_devices.py",
         "tests/golden",
     ]
     with (out / "tests.log").open("w", encoding="utf-8") as log:
