@@ -99,6 +99,6 @@ def test_every_subnet_of_a_family_reads_digits(name, tmp_path):
     found = tmp_path / "knn.json"
     run("evaluate", "knn", out, "--train", "digits:train", "--test", "digits:test", "--json", found)
     results = json.loads(found.read_text())["results"]
-    best = {result["subnet"]: max(result["accuracy"].values()) for result in results}
+    best = {result["network"]: result["figures"]["accuracy"] for result in results}
     assert len(best) == (9 if name == "swin" else 8)
     assert min(best.values()) >= 0.90, best

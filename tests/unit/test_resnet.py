@@ -1,10 +1,12 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 from poa.backbones.resnet_layout import resnet_layout
 from poa.config import ResNetConfig
-from poa.elastic import Subnet
+from poa.elastic import Cut, Subnet, fixed
+from poa.elastic.layers import ElasticConv2d
 from poa.errors import ConfigError
 from tests.golden.reference import relative_error
 from tests.unit.test_extraction import make_family
@@ -113,3 +115,21 @@ def test_all_465_subnets_of_the_default_depths_equal_their_timm_models():
             owned = {target: state[source] for source, target, _ in backbone.layout.owned(subnet)}
             model.load_state_dict(owned, strict=True, assign=True)
             assert_same(backbone, subnet, model, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_strided_convolution_of_one_place_is_that_of_its_central_tap(dtype):
+    side = fixed(32)
+    layer = ElasticConv2d(Cut((side, side, fixed(3), fixed(3))), stride=2, padding=1)
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+    layer = layer.to(dtype)
+    images = torch.randn(16, 32, 1, 1, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out = layer(images, 1)
+    torch.testing.assert_close(out.flatten(1), images.flatten(1) @ layer.weight[:, :, 1, 1].T, rtol=1e-2, atol=5e-2)
+    freed = [torch.full((32 * 32 * 9,), float("nan"), dtype=kind) for kind in (dtype, torch.float32) for _ in range(9)]
+    del freed  # what a kernel does not write shows
+    out.float().sum().backward()
+    outer = torch.ones(3, 3, dtype=torch.bool)
+    outer[1, 1] = False
+    assert torch.equal(layer.weight.grad[:, :, outer], torch.zeros(32, 32, 8, dtype=dtype))
+    assert layer.weight.grad[:, :, 1, 1].abs().sum() > 0

@@ -59,7 +59,10 @@ class ElasticConv2d(nn.Module):
         weight = self.weight_cut.apply(self.weight, width)
         bias = None if self.bias is None or self.bias_cut is None else self.bias_cut.apply(self.bias, width)
         groups = weight.shape[0] if self.depthwise else 1
-        return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding, groups=groups)
+        # A map of one place has one output at any stride. oneDNN's bfloat16 gradient of the weights is undefined there
+        # for strides above 1 (seen in torch 2.14 on CPUs with AVX-512 BF16).
+        stride = 1 if x.shape[-2:] == (1, 1) and weight.shape[-1] == 2 * self.padding + 1 else self.stride
+        return F.conv2d(x, weight, bias, stride=stride, padding=self.padding, groups=groups)
 
 
 class ElasticLayerNorm(nn.Module):
