@@ -26,8 +26,9 @@ from poa.config import DataConfig
 from poa.data import open_source
 from poa.demo import raw_pixel_accuracy
 from poa.evaluate import Evaluator, Loading, Result, split, sweep
-from poa.evaluate.plots import draw_front, new_figure, save_figure
+from poa.evaluate.plots import draw_front
 from poa.evaluate.registry import EVALUATORS
+from poa.figures import new_figure, save_figure
 from poa.models import open_models
 
 PROTOCOLS: list[Evaluator] = [EVALUATORS["knn"](), EVALUATORS["linear"]()]

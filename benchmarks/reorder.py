@@ -30,8 +30,8 @@ from poa.config import InitConfig, PretrainConfig, RuntimeConfig, load_recipe
 from poa.data import open_source
 from poa.elastic import reordered
 from poa.evaluate import Knn, evaluate, extract_features, split
-from poa.evaluate.plots import COLOURS, new_figure, save_figure
 from poa.family import Family, load
+from poa.figures import COLOURS, new_figure, save_figure
 from poa.models import family_members
 from poa.pretrained import channel_orders
 from poa.pretrained.start import sample_images

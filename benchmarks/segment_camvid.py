@@ -26,7 +26,7 @@ from machine import describe_machine
 
 from poa.config import FitConfig, RuntimeConfig
 from poa.config.segment import SegmentConfig
-from poa.evaluate.plots import save_figure
+from poa.figures import save_figure
 from poa.models import Candidate, open_models
 from poa.runtime import Runtime, resolve_runtime
 from poa.tasks.segmentation.data import SegmentationData, open_segmentation

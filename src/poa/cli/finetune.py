@@ -192,12 +192,10 @@ def _result(candidate: Candidate, report: FinetuneReport, figures: dict[str, flo
 
 
 def _draw(path: Path, results: Sequence[Result]) -> None:
-    from poa.evaluate.plots import draw_front, new_figure, save_figure
+    from poa.evaluate.plots import save_front
 
-    figure, axes = new_figure(7.0, 4.5, 1)
-    draw_front(axes[0], results, {}, f"{results[0].headline} on test images, %")
-    axes[0].set_title("Fine-tuned once, cut with their classifier")
-    save_figure(figure, path)
+    label = f"{results[0].headline} on test images, %"
+    save_front(path, results, label, title="Fine-tuned once, cut with their classifier")
 
 
 @contextmanager

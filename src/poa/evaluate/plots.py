@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from poa.elastic import Subnet
 from poa.errors import SubnetError
 from poa.evaluate.report import Result
+from poa.figures import COLOURS, new_figure, repeating, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-ItemT = TypeVar("ItemT")
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette: told apart by colour-blind readers too."""
-
-
-def new_figure(width: float, height: float, num_columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure of that size in inches with a row of axes, drawn without a display."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, num_columns, squeeze=False)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, list(axes)
-
-
-def repeating(styles: Sequence[str], items: Iterable[ItemT]) -> Iterator[tuple[str, ItemT]]:
-    """Every item with a style; the styles begin again where there are more items."""
-    return ((styles[index % len(styles)], item) for index, item in enumerate(items))
 
 
 def draw_front(
@@ -84,6 +62,14 @@ def draw_front(
     axis.set_title("Every sub-network of one run")
     if series or references:
         axis.legend(fontsize=8, frameon=False)
+
+
+def save_front(path: Path, results: Sequence[Result], label: str, scale: float = 100.0, title: str = "") -> None:
+    """Writes a PNG file with the main figure against the parameters; see `draw_front`."""
+    figure, axes = new_figure(7.0, 4.5, 1)
+    draw_front(axes[0], results, {}, label, scale)
+    axes[0].set_title(title)
+    save_figure(figure, path)
 
 
 def _parts(result: Result) -> tuple[str, bool, str]:
@@ -142,9 +128,3 @@ def draw_damage(axis: Axes, results: Sequence[Result], names: Sequence[str]) -> 
     axis.axvline(0.5, color="white", linewidth=3)
     axis.set_title("Accuracy on damaged images, %", fontsize=10)
     axis.figure.colorbar(image, ax=axis, pad=0.01)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes the figure as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)

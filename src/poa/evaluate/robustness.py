@@ -159,7 +159,8 @@ class Robustness(Evaluator):
     @classmethod
     def draw(cls, path: Path, results: Sequence[Result]) -> bool:
         """See `Evaluator.draw`: the accuracy under every look, a row for each network."""
-        from poa.evaluate.plots import draw_damage, new_figure, save_figure
+        from poa.evaluate.plots import draw_damage
+        from poa.figures import new_figure, save_figure
 
         names = [name for name in results[0].figures if name.startswith(KINDS)]
         figure, axes = new_figure(3 + 0.42 * (1 + len(names)), 1.8 + 0.34 * len(results), 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+from poa.figures import COLOURS, new_figure, repeating, save_figure
 
 
 def draw_history(history: Sequence[Mapping[str, float]], metric: str, best_epoch: int, path: Path) -> None:
@@ -17,10 +17,9 @@ def draw_history(history: Sequence[Mapping[str, float]], metric: str, best_epoch
         best_epoch: counted from 1.
         path: the file.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure, axes = new_figure(9.0, 3.6, num_columns=2)
     epochs = [line["epoch"] for line in history]
     names = list(history[0]) if history else []
     shown = (
@@ -28,15 +27,14 @@ def draw_history(history: Sequence[Mapping[str, float]], metric: str, best_epoch
         (f"{metric}, %", [name for name in names if name == metric or name.startswith(f"{metric}/")], 100.0),
     )
     for axis, (label, lines, factor) in zip(axes, shown, strict=True):
-        for number, name in enumerate(lines):
+        for colour, name in repeating(COLOURS, lines):
             values = [factor * line[name] for line in history]
             text = name.removeprefix("loss/").removeprefix(f"{metric}/")
             text = "mean" if text == metric and len(lines) > 1 else text
-            axis.plot(epochs, values, ".-", color=_COLOURS[number % len(_COLOURS)], label=text)
+            axis.plot(epochs, values, ".-", color=colour, label=text)
         axis.axvline(best_epoch, color="0.5", linestyle=":", linewidth=1, label=f"best epoch, {best_epoch}")
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

@@ -182,13 +182,11 @@ class _Output:
 
     def draw(self) -> None:
         """Writes the pictures."""
-        from poa.evaluate.plots import draw_front, new_figure, save_figure
+        from poa.evaluate.plots import save_front
+        from poa.figures import save_figure
         from poa.tasks.detection import detection_picture
 
-        figure, axes = new_figure(7.0, 4.5, 1)
-        draw_front(axes[0], self.results, {}, "AP of boxes, %")
-        axes[0].set_title("")
-        save_figure(figure, self.command.out / "results.png")
+        save_front(self.command.out / "results.png", self.results, "AP of boxes, %")
         score = self.command.shown_score
         picture = detection_picture(self.data.test, self.indices, self.found, min_score=score)
         save_figure(picture, self.command.out / "detections.png")

@@ -85,11 +85,8 @@ def draw_picture(path: Path, results: Sequence[Result]) -> None:
     """Draws the protocol's own picture, or its main figure against the parameters."""
     if EVALUATORS[results[0].protocol].draw(path, results):
         return
-    from poa.evaluate.plots import draw_front, new_figure, save_figure
+    from poa.evaluate.plots import save_front
 
     protocol, headline = results[0].protocol, results[0].headline
     label, scale = FIGURE_LABELS.get(headline, (headline, 1.0))
-    figure, axes = new_figure(7.0, 4.5, 1)
-    draw_front(axes[0], results, {}, f"{protocol}: {label}", scale)
-    axes[0].set_title("")
-    save_figure(figure, path)
+    save_front(path, results, f"{protocol}: {label}", scale)

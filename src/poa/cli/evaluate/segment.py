@@ -195,7 +195,8 @@ def _write(command: EvaluateSegment, data: SegmentationData, results: Sequence[R
 def _draw(
     command: EvaluateSegment, data: SegmentationData, results: Sequence[Result], reports: Sequence[SegmentReport]
 ) -> None:
-    from poa.evaluate.plots import draw_front, new_figure, save_figure
+    from poa.evaluate.plots import save_front
+    from poa.figures import save_figure
     from poa.tasks.segmentation.pictures import segmentation_picture, shown_images
 
     shown = shown_images(len(data.test), command.num_shown)
@@ -205,7 +206,4 @@ def _draw(
     }
     picture = segmentation_picture(data.test, shown, predictions)
     save_figure(picture, command.out / "predictions.png")
-    figure, axes = new_figure(7.0, 4.5, 1)
-    draw_front(axes[0], results, {}, f"segmentation ({command.head} head): mIoU, %")
-    axes[0].set_title("")
-    save_figure(figure, command.out / "miou.png")
+    save_front(command.out / "miou.png", results, f"segmentation ({command.head} head): mIoU, %")

@@ -14,7 +14,7 @@ from poa.evaluate.pictures.correspondence import Matches, are_shared, centres, m
 from poa.evaluate.pictures.pca import colours
 from poa.evaluate.pictures.reading import Reading, heading_of, reference_of
 from poa.evaluate.pictures.sheet import Group, Sheet, colour_image, overlay
-from poa.evaluate.plots import COLOURS, new_figure
+from poa.figures import COLOURS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
