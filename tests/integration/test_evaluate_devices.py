@@ -48,6 +48,16 @@ def test_robustness_on_a_gpu_is_that_on_the_cpu(architecture, tmp_path):
         assert ours == pytest.approx(theirs, abs=0.02)
 
 
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_protocols_on_a_gpu_are_those_on_the_cpu(protocol, tmp_path):
+    family = saved(tmp_path / "family", "vit", 1)
+    line = ("evaluate", protocol, family, "--train", "digits:train", "--test", "digits:test", "--num-workers", "0")
+    for device in ("cpu", GPU):
+        called(*line, "--device", device, "--json", tmp_path / f"{device}.json")
+    for ours, theirs in zip(results(tmp_path / f"{GPU}.json"), results(tmp_path / "cpu.json"), strict=True):
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=0.03)
+
+
 @pytest.mark.parametrize("how", [("--subnet", "smallest"), ("--elastic",)], ids=["alone", "elastic"])
 def test_fine_tuning_on_a_gpu_learns(how, tmp_path):
     family = saved(tmp_path / "family", "vit", 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from poa.data import ImageSource
 from poa.errors import DataError
 from poa.evaluate.looks import AnyLook
 from poa.evaluate.report import Result
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Vectors:
             `Evaluator.needs_views`.
         under: class vectors of the images under each of `Evaluator.test_looks`, by its name there.
         under_rows: the rows of `cls` that those of `under` are of, in their order; None: all.
+        device: where protocols with much to compute (k-NN, linear probes) compute; the vectors themselves are on the
+            CPU.
     """
 
     cls: Float[Tensor, "N C"]
@@ -43,6 +48,7 @@ class Vectors:
     second: Float[Tensor, "N C"] | None = None
     under: Mapping[str, Float[Tensor, "M C"]] = field(default_factory=dict)
     under_rows: Int[Tensor, "M"] | None = None
+    device: torch.device = CPU
 
     def __len__(self) -> int:
         return len(self.cls)

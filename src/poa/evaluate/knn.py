@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from poa.config.checks import require, require_positive
 from poa.errors import DataError, PoaWarning
-from poa.evaluate.base import Evaluator, Vectors, with_labels
+from poa.evaluate.base import CPU, Evaluator, Vectors, with_labels
 from poa.evaluate.splits import require_classes
 
 DEFAULT_KS = (10, 20, 100, 200)
@@ -50,7 +50,8 @@ class Knn(Evaluator):
     def evaluate(self, train: Vectors, test: Vectors | None, reference: Vectors | None = None) -> dict[str, float]:
         """`accuracy_k20` and so on, and `accuracy`: the best over k."""
         del reference
-        found = knn_accuracies(*with_labels(train), *with_labels(test), ks=self.k, temp=self.temp)
+        seen, unseen = with_labels(train), with_labels(test)
+        found = knn_accuracies(*seen, *unseen, ks=self.k, temp=self.temp, device=train.device)
         return {"accuracy": max(found.values()), **{f"accuracy_k{k}": value for k, value in found.items()}}
 
 
@@ -63,6 +64,7 @@ def knn_accuracies(
     ks: Sequence[int] = DEFAULT_KS,
     temp: float = 0.07,
     chunk: int = 8192,
+    device: torch.device = CPU,
 ) -> dict[int, float]:
     """The share of test rows that the vote of their k nearest training rows gets right, for each k.
 
@@ -77,6 +79,7 @@ def knn_accuracies(
         ks: numbers of neighbours; those above N are left out with a warning.
         temp: temperature of the votes.
         chunk: rows of `train` that are compared at a time.
+        device: where they are compared.
 
     Raises:
         DataError: a k is below 1 or no k is at most N, or the temperature is not above 0.
@@ -92,7 +95,7 @@ def knn_accuracies(
     num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     right = dict.fromkeys(usable, 0)
     for rows, truth in zip(test.split(chunk // 8), test_labels.split(chunk // 8), strict=True):
-        similarity, labels = _nearest(rows, train, train_labels, usable[-1], chunk)
+        similarity, labels = _nearest(rows.to(device), train, train_labels, usable[-1], chunk)
         weights = ((similarity.double() - similarity[:, :1]) / temp).exp()
         votes, counted = weights.new_zeros(len(rows), num_classes), 0
         for k in usable:
@@ -103,14 +106,15 @@ def knn_accuracies(
 
 
 def _nearest(rows: Tensor, train: Tensor, labels: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Similarities and labels of the k nearest training rows, nearest first."""
+    """Similarities and labels of the k nearest training rows, nearest first, on the CPU; computed where `rows` are."""
     rows = F.normalize(rows.float(), dim=-1)
-    best = rows.new_empty(len(rows), 0)
+    best = torch.empty(len(rows), 0)
     best_labels = labels.new_empty(len(rows), 0)
     for part, part_labels in zip(train.split(chunk), labels.split(chunk), strict=True):
-        similarity, order = (rows @ F.normalize(part.float(), dim=-1).T).topk(min(k, len(part)), dim=1)
-        best = torch.cat([best, similarity], dim=1)
-        best_labels = torch.cat([best_labels, part_labels[order]], dim=1)
+        known = F.normalize(part.to(rows.device).float(), dim=-1)
+        similarity, order = (rows @ known.T).topk(min(k, len(part)), dim=1)
+        best = torch.cat([best, similarity.cpu()], dim=1)
+        best_labels = torch.cat([best_labels, part_labels[order.cpu()]], dim=1)
         best, order = best.topk(min(k, best.shape[1]), dim=1)
         best_labels = best_labels.gather(1, order)
     return best, best_labels

@@ -132,12 +132,13 @@ class LinearProbe(Evaluator):
         scaled = [rate * self.vectors_per_step / 256 for rate in rates]
         spans = {each: span(train, each, widest) for each in inputs}
         heads = {
-            each: Heads(fresh_weight(num_classes, where.stop - where.start, self.seed, each), scaled)
+            each: Heads(fresh_weight(num_classes, where.stop - where.start, self.seed, each).to(train.device), scaled)
             for each, where in spans.items()
         }
         num_steps = self.num_steps(len(rows))
         for step, batch in enumerate(batches(rows, self.vectors_per_step, num_steps, self.seed)):
-            vectors, wanted = joined(train, widest, batch), F.one_hot(labels[batch], num_classes).T
+            vectors = joined(train, widest, batch).to(train.device)
+            wanted = F.one_hot(labels[batch].to(train.device), num_classes).T
             share = 0.5 * (1 + math.cos(math.pi * step / num_steps))
             for each, where in spans.items():
                 heads[each].step(vectors[:, where], wanted, share)
@@ -172,9 +173,9 @@ class Heads:
     """Linear classifiers on the same input, all from the same weights, each with its own learning rate."""
 
     def __init__(self, weight: Float[Tensor, "K D"], rates: Sequence[float]) -> None:
-        self.rates = torch.tensor(rates)
+        self.rates = torch.tensor(rates, device=weight.device)
         self.weight = weight.repeat(len(rates), 1, 1)
-        self.bias = torch.zeros(self.weight.shape[:2])
+        self.bias = weight.new_zeros(self.weight.shape[:2])
         self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
 
     def logits(self, inputs: Float[Tensor, "B D"]) -> Float[Tensor, "L K B"]:
@@ -252,9 +253,10 @@ def scores(heads: Heads, which: LinearInput, vectors: Vectors, rows: Int[Tensor,
     chosen = torch.arange(len(labels)) if rows is None else rows
     found = torch.zeros(3, len(heads.rates), dtype=torch.float64)
     for part in chosen.split(_CHUNK):
-        logits, truth = heads.logits(joined(vectors, which, part)), labels[part].expand(1, 1, -1)
-        found[0] += (logits.argmax(dim=1) == truth[0]).sum(dim=1)
-        found[1] += logits.log_softmax(dim=1).take_along_dim(truth, dim=1).double().sum(dim=(1, 2))
-        found[2] += (logits.topk(min(5, logits.shape[1]), dim=1).indices == truth).sum(dim=(1, 2))
+        logits = heads.logits(joined(vectors, which, part).to(heads.weight.device))
+        truth = labels[part].to(logits.device).expand(1, 1, -1)
+        found[0] += (logits.argmax(dim=1) == truth[0]).sum(dim=1).cpu()
+        found[1] += logits.log_softmax(dim=1).take_along_dim(truth, dim=1).cpu().double().sum(dim=(1, 2))
+        found[2] += (logits.topk(min(5, logits.shape[1]), dim=1).indices == truth).sum(dim=(1, 2)).cpu()
     means = (found / len(chosen)).nan_to_num(nan=-torch.inf)
     return [Score(*each) for each in means.T.tolist()]

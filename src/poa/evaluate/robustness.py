@@ -149,7 +149,9 @@ class Robustness(Evaluator):
         features, labels = with_labels(train)
         if self.classifier == "knn":
             return {
-                name: knn_accuracies(features, labels, vectors, truth, ks=[self.k], temp=self.temp)[self.k]
+                name: knn_accuracies(
+                    features, labels, vectors, truth, ks=[self.k], temp=self.temp, device=train.device
+                )[self.k]
                 for name, vectors in seen.items()
             }
         classes = predicted(features, labels, torch.cat(list(seen.values())), self.strength)

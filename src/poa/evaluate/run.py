@@ -160,7 +160,7 @@ def _result(
     reference = None
     if protocol.needs_intact:
         reference = train.of(intact_of(network, networks).name)
-    seen = train.of(network.name)
+    seen = replace(train.of(network.name), device=network.device)
     if protocol.needs_views:
         seen = replace(seen, second=train.of(network.name, RandomView().name).cls)
     unseen: Vectors | None = None
