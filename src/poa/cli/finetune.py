@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 from tyro.conf import OmitArgPrefixes
 
-from poa.config import DataConfig, ElasticConfig, FinetuneConfig, FitConfig, RuntimeConfig
+from poa.cli.progress import bars
+from poa.cli.reading import ReadingOptions
+from poa.config import ElasticConfig, FinetuneConfig, FitConfig, RuntimeConfig
 from poa.errors import ConfigError, SubnetError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from poa.runtime import Runtime
     from poa.tasks.classify import ClassificationData
     from poa.tasks.finetune import FinetuneReport
-    from poa.tasks.fit import OnStep
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,13 @@ class Finetune:
     in Parquet the column of labels has lists."""
     untrained: bool = False
     """Start from fresh weights, to see what the given ones are worth."""
-    image_column: str = "image"
-    """Parquet: the column with the encoded images."""
-    label_column: str = "label"
-    """Parquet: the column with the labels."""
-    max_bad_share: float = 0.01
-    """Refuse when more than this share of the images cannot be read; below, they are left out and reported."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto: CUDA where there is one, else MPS, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, else float32."""
     num_workers: int = -1
     """Processes that decode; -1 chooses."""
+    reading: OmitArgPrefixes[ReadingOptions] = field(default_factory=ReadingOptions)
     images: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
     sharing: OmitArgPrefixes[ElasticConfig] = field(default_factory=ElasticConfig)
     fit: FitConfig = field(default_factory=lambda: FitConfig(ema_decay=0.999))
@@ -135,7 +129,7 @@ def _data(command: Finetune, num_channels: int, num_workers: int) -> Classificat
     from poa.data import open_labelled
     from poa.tasks.classify import classification_data
 
-    config = DataConfig("", command.image_column, command.label_column, command.max_bad_share)
+    config = command.reading.config()
     train = open_labelled(command.train, config, num_channels, multi_label=command.multi_label)
     test = None
     if command.test is not None:
@@ -145,7 +139,7 @@ def _data(command: Finetune, num_channels: int, num_workers: int) -> Classificat
         test,
         holdout=0.2 if command.holdout is None else command.holdout,
         seed=command.split_seed,
-        max_bad_share=command.max_bad_share,
+        max_bad_share=command.reading.max_bad_share,
         num_workers=num_workers,
     )
 
@@ -157,8 +151,8 @@ def _network(
     from poa.tasks.finetune import finetune
 
     task = FinetuneTask(candidate, data, command.images, command.fit)
-    with _progress() as on_step:
-        report = finetune(task, command.fit, runtime, command.out, on_step)
+    with bars() as shown:
+        report = finetune(task, command.fit, runtime, command.out, partial(shown.show, "training"))
     return [_result(candidate, report, report.result.best)], report
 
 
@@ -172,7 +166,8 @@ def _family(
 
     task = ElasticFinetuneTask(candidate, data, command.images, command.sharing, command.fit)
     subnets = task.family.space.parse_all(list(command.subnets or ("all",)))
-    with _progress() as on_step:
+    with bars() as shown:
+        on_step = partial(shown.show, "training")
         report = finetune_family(task, command.fit, runtime, command.out, subnets, on_step)
     mark = " untrained" if command.untrained else ""
     results = [
@@ -196,17 +191,6 @@ def _draw(path: Path, results: Sequence[Result]) -> None:
 
     label = f"{results[0].headline} on test images, %"
     save_front(path, results, label, title="Fine-tuned once, cut with their classifier")
-
-
-@contextmanager
-def _progress() -> Iterator[OnStep]:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("training")
-
-        def on_step(done: int, total: int, loss: float) -> None:
-            progress.update(bar, completed=done, total=total, description=f"training, loss {loss:.3f}")
-
-        yield on_step
 
 
 def _print_summary(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from tyro.conf import OmitArgPrefixes
 
 from poa.cli.evaluate.options import NetworkChoice, check_outputs, print_results, report_skipped, title_of
+from poa.cli.progress import bars
 from poa.config import DETECT_FIT, DetectConfig, FitConfig, to_dict
 from poa.config.checks import require, require_probability
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from poa.evaluate import Result
     from poa.models import Candidate
     from poa.tasks.detection import CocoDataset, DetectionData, DetectionReport, Target
-    from poa.tasks.fit import OnStep
 
 _MAX_LISTED = 5
 _MAX_SHOWN = 6
@@ -108,11 +107,12 @@ def run(arguments: Sequence[str]) -> int:
     for dataset in dict.fromkeys((data.train, data.val, data.test)):
         _describe(dataset)
     output = _Output(command, networks, data)
-    with _progress(len(networks)) as following:
-        for network in networks:
-            folder = command.out / folder_of(network)
-            on_step = following(network.name)
+    with bars() as shown:
+        for place, network in enumerate(networks):
+            shown.show("networks", place, len(networks))
+            folder, on_step = command.out / folder_of(network), partial(shown.show, network.name)
             output.add(network, train_detection(network, data, command.detect, command.fit, runtime, folder, on_step))
+            shown.hide(network.name)
     output.draw()
     output.print()
     return 0
@@ -220,24 +220,3 @@ def _describe(dataset: CocoDataset) -> None:
             f"{len(counts.skipped_annotations):,} more annotations (results.json lists all)"
         )
         report_skipped(counts.skipped[:_MAX_LISTED])
-
-
-@contextmanager
-def _progress(num_networks: int) -> Iterator[Callable[[str], OnStep]]:
-    """A bar for the networks and one for the steps of the one that is trained."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        networks = progress.add_task("networks", total=num_networks)
-        steps = progress.add_task("training")
-        names: list[str] = []
-
-        def following(name: str) -> OnStep:
-            progress.update(networks, completed=len(names))
-            names.append(name)
-            progress.reset(steps)
-
-            def on_step(done: int, total: int, loss: float) -> None:
-                progress.update(steps, completed=done, total=total, description=f"{name}, loss {loss:.3f}")
-
-            return on_step
-
-        yield following

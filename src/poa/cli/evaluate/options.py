@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from tyro.conf import OmitArgPrefixes
 
-from poa.config import DataConfig, RuntimeConfig
+from poa.cli.progress import bars
+from poa.cli.reading import ReadingOptions
+from poa.config import RuntimeConfig
 from poa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,20 +76,15 @@ class ImageOptions:
     """Images to learn from: a folder with one folder for each class, a .parquet file, or digits:train."""
     test: str | None = None
     """Images to test on; without them a fifth of every class of --train is held out, where a protocol needs them."""
-    image_column: str = "image"
-    """Parquet: the column with the encoded images."""
-    label_column: str = "label"
-    """Parquet: the column with the labels."""
     split_seed: int = 0
     """Of the images that are held out where there is no --test."""
-    max_bad_share: float = 0.01
-    """Refuse when more than this share of the images cannot be read; below, they are left out and reported."""
+    reading: OmitArgPrefixes[ReadingOptions] = field(default_factory=ReadingOptions)
 
     def open(self, num_channels: int) -> tuple[ImageSource, ImageSource | None]:
         """The training and the test images."""
         from poa.data import open_source
 
-        data = DataConfig("", self.image_column, self.label_column, self.max_bad_share)
+        data = self.reading.config()
         train = open_source(self.train, data, num_channels)
         return train, None if self.test is None else open_source(self.test, data, num_channels)
 
@@ -96,16 +93,15 @@ def loading_of(networks: NetworkOptions, images: ImageOptions, runtime: Runtime)
     """How images are read."""
     from poa.evaluate import Loading
 
-    return Loading(networks.batch_size, runtime.num_workers, images.max_bad_share)
+    return Loading(networks.batch_size, runtime.num_workers, images.reading.max_bad_share)
 
 
 @contextmanager
 def progress_bars(data: Splits) -> Iterator[Callable[[str, int], None]]:
     """Bars for the training and the test images."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        totals = {"train": data.num_train, "test": data.num_test}
-        tasks = {name: progress.add_task(name, total=total) for name, total in totals.items() if total}
-        yield lambda name, done: progress.update(tasks[name], completed=done)
+    totals = {"train": data.num_train, "test": data.num_test}
+    with bars() as shown:
+        yield lambda name, done: shown.show(name, done, totals[name])
 
 
 def require_used(images: ImageOptions, protocols: Sequence[Evaluator]) -> None:

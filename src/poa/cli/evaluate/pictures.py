@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from tyro.conf import OmitArgPrefixes
 
 from poa.cli.evaluate.options import NetworkOptions
-from poa.config import DataConfig
+from poa.cli.progress import bars
+from poa.cli.reading import ReadingOptions
 from poa.evaluate.features import Loading
 from poa.evaluate.pictures import GalleryConfig, write_gallery
 
 if TYPE_CHECKING:
     from poa.data import ImageSource
-    from poa.evaluate.pictures.gallery import OnProgress
     from poa.objective.heads import ProjectionHeads
 
 
@@ -44,19 +42,13 @@ class ShownImages:
 
     images: str
     """A folder of images, a .parquet file, or digits:test; labels, where it has them, colour the map."""
-    image_column: str = "image"
-    """Parquet: the column with the encoded images."""
-    label_column: str = "label"
-    """Parquet: the column with the labels."""
-    max_bad_share: float = 0.01
-    """Refuse when more than this share of the images cannot be read; below, they are left out and reported."""
+    reading: OmitArgPrefixes[ReadingOptions] = field(default_factory=ReadingOptions)
 
     def open(self, num_channels: int) -> ImageSource:
         """The images."""
         from poa.data import open_source
 
-        data = DataConfig("", self.image_column, self.label_column, self.max_bad_share)
-        return open_source(self.images, data, num_channels)
+        return open_source(self.images, self.reading.config(), num_channels)
 
 
 @dataclass(frozen=True)
@@ -80,8 +72,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     networks, runtime = command.over.open()
     source = command.of.open(networks[0].preprocessing.num_channels)
-    loading = Loading(command.over.batch_size, runtime.num_workers, command.of.max_bad_share)
-    with _bars() as on_progress:
+    loading = Loading(command.over.batch_size, runtime.num_workers, command.of.reading.max_bad_share)
+    with bars() as shown:
         page = write_gallery(
             command.out,
             networks,
@@ -89,21 +81,7 @@ def run(arguments: Sequence[str]) -> int:
             command.drawing,
             heads=command.over.heads(),
             loading=loading,
-            on_progress=on_progress,
+            on_progress=shown.show,
         )
     Console().print(f"The page: {page}", highlight=False, soft_wrap=True)
     return 0
-
-
-@contextmanager
-def _bars() -> Iterator[OnProgress]:
-    """A bar for everything that is reported."""
-    tasks: dict[str, TaskID] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
-
-        yield report

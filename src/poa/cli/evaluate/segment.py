@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from tyro.conf import OmitArgPrefixes
 
 from poa.cli.evaluate.options import NetworkChoice, check_outputs, print_results, report_skipped, title_of
+from poa.cli.progress import Bars, bars
 from poa.config import FitConfig, to_dict
 from poa.config.segment import SEGMENT_FIT, SegmentConfig, SegmentHead
 from poa.errors import ConfigError
@@ -66,34 +65,6 @@ class EvaluateSegment:
     fit: FitConfig = SEGMENT_FIT
 
 
-class _Bars:
-    """A bar for everything that is reported."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.tasks: dict[str, TaskID] = {}
-
-    def show(self, what: str, done: int, total: int, loss: float | None = None) -> None:
-        """How far it is."""
-        if what not in self.tasks:
-            self.tasks[what] = self.progress.add_task(what, total=total, loss="")
-        text = "" if loss is None else f"loss {loss:.3f}"
-        self.progress.update(self.tasks[what], completed=done, loss=text)
-
-    def hide(self, what: str) -> None:
-        """It is done."""
-        if what in self.tasks:
-            self.progress.remove_task(self.tasks.pop(what))
-
-
-@contextmanager
-def _bars() -> Iterator[_Bars]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console, transient=True) as progress:
-        yield _Bars(progress)
-
-
 def run(arguments: Sequence[str]) -> int:
     """Runs the command."""
     command = tyro.cli(
@@ -108,10 +79,10 @@ def run(arguments: Sequence[str]) -> int:
 
     networks, runtime = command.network.open()
     check_networks(networks, command.head, command.segment, command.fit)
-    with _bars() as bars:
-        data = _opened(command, networks, bars)
+    with bars() as shown:
+        data = _opened(command, networks, shown)
         report_skipped(data.skipped)
-        reports = _trained(command, networks, data, runtime, bars)
+        reports = _trained(command, networks, data, runtime, shown)
     known = sum(report.is_known for report in reports)
     if known:
         print(f"{known} results were there already.")
@@ -122,7 +93,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _opened(command: EvaluateSegment, networks: Sequence[Candidate], bars: _Bars) -> SegmentationData:
+def _opened(command: EvaluateSegment, networks: Sequence[Candidate], shown: Bars) -> SegmentationData:
     from poa.tasks.segmentation.data import open_segmentation
 
     image = command.image
@@ -133,12 +104,12 @@ def _opened(command: EvaluateSegment, networks: Sequence[Candidate], bars: _Bars
         networks[0].preprocessing.num_channels,
         val=image.val,
         classes=image.classes,
-        on_progress=lambda name, done, total: bars.show(f"checking {name}", done, total),
+        on_progress=lambda name, done, total: shown.show(f"checking {name}", done, total),
     )
 
 
 def _trained(
-    command: EvaluateSegment, networks: Sequence[Candidate], data: SegmentationData, runtime: Runtime, bars: _Bars
+    command: EvaluateSegment, networks: Sequence[Candidate], data: SegmentationData, runtime: Runtime, bars: Bars
 ) -> list[SegmentReport]:
     """Every network in turn; those that were done already are not done again. The table is written after each."""
     from poa.tasks.curves import draw_history
@@ -177,7 +148,7 @@ def _results(command: EvaluateSegment, networks: Sequence[Candidate], reports: S
             figures=report.figures,
             headline="miou",
         )
-        for network, report in zip(networks, reports, strict=False)
+        for network, report in zip(networks[: len(reports)], reports, strict=True)
     ]
 
 
