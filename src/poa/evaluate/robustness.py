@@ -34,7 +34,7 @@ class Robustness(Evaluator):
 
     Damage is the ImageNet-C corruptions (Hendrycks & Dietterich, 2019), patches dropped at random or by their salience
     for the network, tiles shuffled (Naseer et al., 2021), and, with masks, the background of another class (Xiao et
-    al., 2021). Every one costs a forward pass over the test images: 24 in all with the numbers below.
+    al., 2021). Every one costs a forward pass over the test images: 23 with the numbers below, and one of the clean.
     """
 
     name: ClassVar[str] = "robustness"

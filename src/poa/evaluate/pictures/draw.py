@@ -274,7 +274,7 @@ def _class_styles(
     styles = [(colour, marker) for marker in MARKERS for colour in COLOURS]
     found = [
         (str(label) if class_names is None else class_names[label], *style, np.flatnonzero(labels == label))
-        for label, style in zip(chosen.tolist(), styles, strict=False)
+        for label, style in zip(chosen.tolist(), styles[: len(chosen)], strict=True)
     ]
     rest = np.flatnonzero(~np.isin(labels, chosen))
     if len(rest):

@@ -47,5 +47,5 @@ class Pyramid(nn.Module):
         """The levels by name, finest first, of normalised images."""
         maps = self.scales(network, images)
         normed = [norm(part) for norm, part in zip(self.norms, maps, strict=True)]
-        found: OrderedDict[str, Tensor] = self.fpn(OrderedDict(zip(self.names, normed, strict=False)))
+        found: OrderedDict[str, Tensor] = self.fpn(OrderedDict(zip(self.names[:-1], normed, strict=True)))
         return found
