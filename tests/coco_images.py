@@ -7,29 +7,20 @@ import torch
 from PIL import Image
 
 from poa.backbones import ARCHITECTURES
-from poa.config import ConvNeXtConfig, DetectConfig, ResNetConfig, SwinConfig, ViTConfig
+from poa.config import DetectConfig
 from poa.family import Family, FamilyCard, Preprocessing
 from poa.models import family_members
 from poa.runtime import Runtime
 from poa.tasks.detection import CocoDataset
+from tests.contract.configs import IN_COLOUR
 
-CONFIGS = {
-    "vit": ViTConfig(widths=(16, 32), depths=(1, 2), head_dim=8, patch_size=4, image_size=32),
-    "swin": SwinConfig(
-        widths=(8, 16), depths=(1, 2), other_depths=(1, 1, 1), head_dim=4, window_size=4, patch_size=2, image_size=32
-    ),
-    "resnet": ResNetConfig(
-        widths=(32, 64), stage2_depths=(1, 2), stage3_depths=(1, 2), outer_depths=(1, 1), base_channels=8, image_size=32
-    ),
-    "convnext": ConvNeXtConfig(widths=(4, 8), depths=(1, 2), other_depths=(1, 1, 1), image_size=32),
-}
 SMALL = {"channels": 16, "head_channels": 32, "mask_channels": 16, "num_proposals": 50, "regions_per_image": 32}
 TINY = DetectConfig(image_size=(48, 64), anchor_scale=3.0, **SMALL)
 CPU = Runtime(torch.device("cpu"), "float32", False, 0)
 
 
 def member_of(name, *, stacked=1):
-    config = CONFIGS[name]
+    config = IN_COLOUR[name]
     kind = ARCHITECTURES[name]
     backbone = kind.build(config)
     backbone.init_weights_(torch.Generator().manual_seed(stacked))

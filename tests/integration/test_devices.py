@@ -14,6 +14,7 @@ from poa.runtime import resolve_runtime
 from poa.train.loop import build_trainer
 from poa.train.step import train_step
 from tests.contract.configs import SMALLEST
+from tests.devices import needs_cuda
 from tests.golden.reference import relative_error
 
 TINY = {
@@ -30,8 +31,6 @@ MODELS = {
     "rope": {"head_dim": 8, "position": "rope", "mlp": "swiglu", "num_reg_tokens": 2},
     **{name: to_dict(replace(SMALLEST[name], num_channels=1)) for name in ("swin", "resnet", "convnext")},
 }
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def steps(num, model=None, **runtime):

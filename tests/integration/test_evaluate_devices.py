@@ -1,4 +1,7 @@
-"""Evaluation and training on labels compute on a GPU what they compute on the CPU."""
+"""Evaluation and training on labels compute on a GPU what they compute on the CPU.
+
+The same on the CPU is tested by the files of each command; here only what another device can change.
+"""
 
 import json
 import math
@@ -14,10 +17,11 @@ from poa.cli.main import main
 from poa.family import Family, FamilyCard, Preprocessing
 from tests.coco_images import squares
 from tests.contract.configs import SMALLEST
+from tests.devices import needs_cuda
 
 GPU = "cuda"
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = needs_cuda
 
 
 def saved(folder, architecture, num_channels):

@@ -32,7 +32,8 @@ from poa.tasks.detection.model import Anchors, Letterbox, region_pool
 from poa.tasks.detection.pyramid import Pyramid
 from poa.tasks.detection.views import moved_boxes, moved_masks
 from poa.tasks.parameters import parameter_groups
-from tests.coco_images import CONFIGS, CPU, TINY, changed, edited, member_of, opened, squares
+from tests.coco_images import CPU, TINY, changed, edited, member_of, opened, squares
+from tests.contract.configs import IN_COLOUR
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def random_images(count, size, seed=0):
 # --- pyramids
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(IN_COLOUR))
 @pytest.mark.parametrize("size", [(48, 64), (64, 96)])
 def test_every_level_lies_at_its_stride(name, size):
     network = member_of(name).network(size)
@@ -139,7 +140,7 @@ def test_losses_and_detections_equal_those_of_torchvisions_faster_rcnn(vit):
 
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("method", ["faster-rcnn", "cascade-rcnn"])
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(IN_COLOUR))
 def test_every_detector_on_every_architecture_learns_and_detects(name, method, masks):
     config = changed(TINY, method=method, masks=masks, score_threshold=0.0, max_detections=7)
     detector = build_detector(member_of(name), 2, config)

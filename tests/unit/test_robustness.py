@@ -11,7 +11,7 @@ from PIL import Image
 import poa.evaluate.features as features_module
 from poa.backbones import architecture
 from poa.backbones.base import Features
-from poa.config import ConvNeXtConfig, DataConfig, ResNetConfig, SwinConfig, ViTConfig
+from poa.config import DataConfig
 from poa.data import BadImage, normalize, open_source
 from poa.errors import ConfigError, DataError
 from poa.evaluate import Knn, Loading, Vectors, evaluate, extract_features, split, sweep
@@ -23,21 +23,12 @@ from poa.evaluate.robustness import KINDS, Robustness
 from poa.family import Family, FamilyCard, Preprocessing
 from poa.models import TimmCandidate, family_members
 from poa.timm_models import create_timm_model
+from tests.contract.configs import IN_COLOUR
 from tests.unit.test_evaluate import CountingSource, digits, family  # noqa: F401 (a fixture)
 from tests.unit.test_sweep import Fingerprinted, StopError, stopping_after
 
 FEW = Robustness(corruptions=("fog", "gaussian_noise"), drops=(0.5,), drop_by=("random", "most"), shuffles=(2,), k=1)
 LOOKS = (PLAIN, *FEW.test_looks.values())
-CONFIGS = {
-    "vit": ViTConfig(widths=(16, 32), depths=(1, 2), head_dim=8, patch_size=4, image_size=32),
-    "swin": SwinConfig(
-        widths=(8, 16), depths=(1, 2), other_depths=(1, 1, 1), head_dim=4, window_size=4, patch_size=2, image_size=32
-    ),
-    "resnet": ResNetConfig(
-        widths=(32, 64), stage2_depths=(1, 2), stage3_depths=(1, 2), outer_depths=(1, 1), base_channels=8, image_size=32
-    ),
-    "convnext": ConvNeXtConfig(widths=(4, 8), depths=(1, 2), other_depths=(1, 1, 1), image_size=32),
-}
 
 
 def vectors(networks, source, looks=LOOKS, **options):
@@ -155,14 +146,14 @@ def member_of(name):
     if name == "timm":
         model = create_timm_model("timm:test_efficientnet.r160_in1k", pretrained=False, empty=False)
         return TimmCandidate(model, "timm:test_efficientnet", "none")
-    kind = architecture(CONFIGS[name])
-    backbone = kind.build(CONFIGS[name])
+    kind = architecture(IN_COLOUR[name])
+    backbone = kind.build(IN_COLOUR[name])
     backbone.init_weights_(torch.Generator().manual_seed(0))
     how = Preprocessing(32, 3, (0.5,), (0.25,))
-    return family_members(Family(FamilyCard(kind, CONFIGS[name], how), backbone))[-1]
+    return family_members(Family(FamilyCard(kind, IN_COLOUR[name], how), backbone))[-1]
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "timm"])
+@pytest.mark.parametrize("name", [*IN_COLOUR, "timm"])
 def test_salient_drop_follows_the_network_itself_whatever_it_is(name):
     network, source = member_of(name), CountingRGB("a", size=3)
     look, how = PatchDrop(0.5, "most"), network.preprocessing

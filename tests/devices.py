@@ -1,0 +1,6 @@
+"""What tests ask of the machine."""
+
+import pytest
+import torch
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; benchmarks/gpu.py runs these")
