@@ -137,6 +137,8 @@ MISTAKES = {
     "more results than images": (("retrieval", "RUN", *ON, *TEST, "--k", "5000"), "in the gallery: 1437 images"),
     "clusters that cannot be": (("clustering", "RUN", "--data", "digits", "--num-clusters", "9999"), "clusters of"),
     "test images for nothing": (("clustering", "RUN", *ON, *TEST), "--test digits:test would not be used: clustering"),
+    "seed of no fresh weights": (("knn", "RUN", *ON, "--weights-seed", "1"), "--untrained, which is not given"),
+    "seed of nothing held out": (("knn", "RUN", *ON, *TEST, "--split-seed", "1"), "held out without --test"),
     "no block": (("linear", "RUN", *ON, "--last-blocks", "0"), "last_blocks must be"),
     "timm model misspelt": (("knn", "timm:resnet5O", *ON), "timm has no model 'resnet5O'"),
     "no such network": (("knn", "nowhere", *ON), "there is no nowhere"),

@@ -122,6 +122,7 @@ MISTAKES = {
     "surplus": (("--subnet", "w16-d1", "--subnets", "all"), "--subnets is for --elastic"),
     "surplus number": (("--subnet", "w16-d1", "--distill-weight", "2"), "are for --elastic"),
     "holdout": (("--subnet", "w16-d1", "--test", "digits:test", "--holdout", "0.3"), "one of the two"),
+    "split seed": (("--subnet", "w16-d1", "--test", "digits:test", "--split-seed", "1"), "held out without --test"),
     "other classes": (("--subnet", "w16-d1", "--test", "digits:test"), "10 classes that no training image is of"),
     "one class": (("--subnet", "w16-d1", "--train", "ONE"), "has no labels"),
     "no images": (("--subnet", "w16-d1", "--test", "nowhere"), "there is no 'nowhere'"),

@@ -40,15 +40,18 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     console.print(
         f"   {found.verification.subnet} in {found.extracted}: relative difference to the family "
-        f"{found.verification.relative_difference:.1e} (allowed {found.verification.tolerance:g})"
+        f"{found.verification.relative_difference:.1e} (allowed {found.verification.tolerance:g})",
+        soft_wrap=True,
     )
+    title = f"k-NN accuracy on {found.num_test} held-out digits (raw pixels: {found.raw_pixels:.1%})"
+    console.print(f"\n{title}", highlight=False, soft_wrap=True)
     console.print(_table(found))
     console.print(f"The picture: {found.picture}")
     return 0
 
 
 def _table(found: DemoResult) -> Table:
-    table = Table(title=f"k-NN accuracy on {found.num_test} held-out digits (raw pixels: {found.raw_pixels:.1%})")
+    table = Table()
     table.add_column("sub-network")
     for name in ("parameters", "k-NN", "untrained"):
         table.add_column(name, justify="right")

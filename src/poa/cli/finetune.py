@@ -100,6 +100,8 @@ def check_options(command: Finetune) -> None:
         raise ConfigError("--subnets names none. Give names like w384-d12, or all, smallest, middle, intact.")
     if command.test is not None and command.holdout is not None:
         raise ConfigError("--holdout is for training without --test; give one of the two.")
+    if command.test is not None and command.split_seed:
+        raise ConfigError("--split-seed is of the images that are held out without --test; leave one of them out.")
 
 
 def _opened(command: Finetune) -> Candidate:

@@ -51,6 +51,8 @@ class NetworkChoice:
 
         if not self.subnets:
             raise ConfigError("--subnets names none. Give names like w384-d12, or all, smallest, middle, intact.")
+        if self.weights_seed and not self.untrained:
+            raise ConfigError("--weights-seed is of the fresh weights of --untrained, which is not given.")
         runtime = resolve_runtime(RuntimeConfig(device=self.device, num_workers=self.num_workers))
         found = open_models(self.networks, self.subnets)
         if self.untrained:
@@ -84,6 +86,8 @@ class ImageOptions:
         """The training and the test images."""
         from poa.data import open_source
 
+        if self.split_seed and self.test is not None:
+            raise ConfigError("--split-seed is of the images that are held out without --test; leave one of them out.")
         data = self.reading.config()
         train = open_source(self.train, data, num_channels)
         return train, None if self.test is None else open_source(self.test, data, num_channels)
