@@ -96,11 +96,15 @@ def test_segmentation_on_a_gpu_gives_finite_figures(head, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["faster-rcnn", "cascade-rcnn"])
-def test_detection_with_masks_on_a_gpu_gives_finite_figures(method, tmp_path):
+def test_detection_with_masks_on_a_gpu_has_finite_losses_and_figures(method, tmp_path):
     family = saved(tmp_path / "family", "vit", 3)
     train, test = (squares(tmp_path / name, count=4, seed=seed) for seed, name in enumerate(("train", "test")))
     line = ("evaluate", "detect", family, "--train", train, "--test", test, "--detect.method", method)
     line += ("--detect.masks", "--detect.image-size", "48", "64", "--detect.channels", "16", "--detect.head-channels")
     line += ("32", "--detect.mask-channels", "8", "--detect.num-proposals", "30", "--fit.epochs", "1")
     called(*line, "--fit.batch-size", "4", "--num-workers", "0", "--device", GPU, "--out", tmp_path / "out")
-    assert all(0 <= figures["AP50"] <= 1 for figures in results(tmp_path / "out" / "results.json"))
+    trained = json.loads((tmp_path / "out" / "results.json").read_text())["training"]
+    assert len(trained) == len(results(tmp_path / "out" / "results.json")) == 4
+    epochs = [line for each in trained.values() for line in each["history"]]
+    assert all(math.isfinite(value) for line in epochs for value in line.values())
+    assert all({"loss/objectness", "loss/mask", "mask AP"} <= set(line) for line in epochs)
