@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import cv2
@@ -28,6 +31,7 @@ ItemT = TypeVar("ItemT")
 
 _MAX_UNREADABLE = 100
 _MAX_WORKERS = 16
+_WATCH_SECONDS = 2.0
 
 
 class Batch(NamedTuple):
@@ -176,7 +180,7 @@ def make_loader(
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         prefetch_factor=2 if num_workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, os.getpid()),
         generator=torch.Generator(),
     )
 
@@ -201,12 +205,24 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(main_process: int, worker: int) -> None:
     del worker
+    if os.name == "posix":
+        threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+
+
+def _end_with(process: int) -> None:
+    """Ends this process when that one is gone. A fork server, the parent of workers, outlives a run that is killed."""
+    while True:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(_WATCH_SECONDS)
 
 
 def _unchanged(item: ItemT) -> ItemT:

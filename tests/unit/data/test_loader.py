@@ -2,6 +2,10 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,3 +166,45 @@ def test_the_number_of_workers_is_as_asked_or_fits_the_machine(monkeypatch):
         assert resolve_num_workers(-1, "cpu") == on_cpu
     monkeypatch.undo()
     assert resolve_num_workers(-1, "mps") >= 1
+
+
+KILLED = """
+import multiprocessing
+import os
+from torch.utils.data import Dataset
+from poa.data import make_loader
+
+
+class Pids(Dataset):
+    def __getitem__(self, index):
+        return os.getpid()
+
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    batches = iter(make_loader(Pids(), 0, 1000, 1, False))
+    print(next(batches), flush=True)
+    input()
+"""
+
+
+def is_running(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look at other processes")
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    assert worker != process.pid
+    assert is_running(worker)
+    process.kill()
+    process.wait()
+    for _ in range(300):
+        if not is_running(worker):
+            break
+        time.sleep(0.1)
+    assert not is_running(worker)
