@@ -99,19 +99,19 @@ class Family:
 
     Attributes:
         card: architecture, search space, preprocessing and provenance.
-        backbone: the super-network, in evaluation mode.
+        supernet: the super-network, in evaluation mode.
         head: the classifier that its sub-networks share, where it was fine-tuned (`poa finetune --elastic`).
     """
 
     def __init__(self, card: FamilyCard, backbone: Backbone, head: TaskHead | None = None) -> None:
         self.card = card
-        self.backbone = backbone.eval().requires_grad_(False)
+        self.supernet = backbone.eval().requires_grad_(False)
         self.head = head
 
     @property
     def space(self) -> SearchSpace:
         """The search space."""
-        return self.backbone.space
+        return self.supernet.space
 
     @property
     def subnets(self) -> tuple[Subnet, ...]:
@@ -120,7 +120,7 @@ class Family:
 
     def features(self, images: Float[Tensor, "B c h w"], subnet: str | Subnet) -> Float[Tensor, "B C"]:
         """The class vectors of normalised images, computed by the sub-network inside the super-network."""
-        found: list[Features] = self.backbone([images], self.space.parse(subnet))
+        found: list[Features] = self.supernet([images], self.space.parse(subnet))
         return found[0].cls
 
     def logits(self, images: Float[Tensor, "B c h w"], subnet: str | Subnet) -> Float[Tensor, "B K"]:
@@ -132,7 +132,7 @@ class Family:
         if self.head is None:
             raise ConfigError("this family has no classifier. `poa finetune --elastic` makes one that has.")
         vectors = self.features(images, subnet)
-        state = self.head.state(self.backbone.layout.features, self.space.parse(subnet).width)
+        state = self.head.state(self.supernet.layout.features, self.space.parse(subnet).width)
         found: Tensor = vectors @ state["weight"].to(vectors).T + state["bias"].to(vectors)
         return found
 
@@ -155,8 +155,8 @@ class Family:
         """
         member = self.space.parse(subnet)
         size = self.checked_image_size(image_size)
-        model = _empty_timm_model(self.backbone.timm_model(member, size), drop_path_rate=drop_path)
-        model.load_state_dict(self.backbone.timm_state(member, size), strict=True, assign=True)
+        model = _empty_timm_model(self.supernet.timm_model(member, size), drop_path_rate=drop_path)
+        model.load_state_dict(self.supernet.timm_state(member, size), strict=True, assign=True)
         return model.eval()
 
     def save_subnet(
@@ -186,7 +186,7 @@ class Family:
             model = open_timm_directory(scratch)
             classify = None if self.head is None else model
             found = self.verify(
-                member, lambda images: self.backbone.timm_features(model, images), size, classify=classify
+                member, lambda images: self.supernet.timm_features(model, images), size, classify=classify
             )
             write_json(scratch / "poa.json", self.record(member, size, found))
         return found
@@ -195,11 +195,11 @@ class Family:
         """Writes `model.safetensors` and timm's `config.json` of a sub-network into a directory that is there."""
         from safetensors.torch import save_file
 
-        state = self.backbone.timm_state(member, image_size)
+        state = self.supernet.timm_state(member, image_size)
         config = self.timm_config(member, image_size)
         if self.head is not None:
             part = config["pretrained_cfg"]["classifier"]
-            head = self.head.state(self.backbone.layout.features, member.width)
+            head = self.head.state(self.supernet.layout.features, member.width)
             state |= {f"{part}.{name}": tensor for name, tensor in head.items()}
         save_file({name: part.contiguous() for name, part in state.items()}, directory / "model.safetensors")
         write_json(directory / "config.json", config)
@@ -245,7 +245,7 @@ class Family:
         shape = (num_images, self.card.preprocessing.num_channels, image_size, image_size)
         images = torch.randn(shape, generator=rng)
         with torch.inference_mode():
-            ours = self.backbone([images], subnet)[0]
+            ours = self.supernet([images], subnet)[0]
             theirs = read(images)
             expected = torch.cat([ours.cls.unsqueeze(1), ours.patches], dim=1)
             difference = torch.cat([theirs.cls.unsqueeze(1), theirs.patches], dim=1) - expected
@@ -271,7 +271,7 @@ class Family:
         from safetensors.torch import save_file
 
         with replace_directory(Path(directory), overwrite=overwrite) as scratch:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.backbone.state_dict().items()}
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.supernet.state_dict().items()}
             save_file(state, scratch / WEIGHTS_FILE)
             card = {
                 "format": FORMAT,
@@ -288,7 +288,7 @@ class Family:
 
     def to(self, device: str | torch.device) -> Family:
         """The same family with its weights on that device."""
-        self.backbone.to(device)
+        self.supernet.to(device)
         return self
 
     def checked_image_size(self, image_size: int | None) -> int:
@@ -309,12 +309,12 @@ class Family:
     def timm_config(self, subnet: Subnet, image_size: int) -> dict[str, Any]:
         """What timm's `config.json` says of an extracted network."""
         num_classes = 0 if self.head is None else self.head.num_classes
-        made = self.backbone.timm_model(subnet, image_size)
+        made = self.supernet.timm_model(subnet, image_size)
         how = self.card.preprocessing
         return {
             "architecture": made.architecture,
             "num_classes": num_classes,
-            "num_features": self.backbone.layout.features.active(subnet.width),
+            "num_features": self.supernet.layout.features.active(subnet.width),
             "global_pool": made.global_pool,
             "model_args": made.arguments,
             "pretrained_cfg": {

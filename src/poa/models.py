@@ -110,19 +110,19 @@ class FamilyMember(Candidate):
         self.name = name or str(subnet)
         self.preprocessing = family.card.preprocessing
         self.num_params = family.card.num_params(subnet)
-        self.num_features = family.backbone.layout.features.active(subnet.width)
+        self.num_features = family.supernet.layout.features.active(subnet.width)
         self.flops: int | None = family.card.flops(subnet)
         self.fingerprint = f"{family.card.weights_sha256}/{subnet}"
         self.is_intact = subnet == family.space.intact
 
     def features(self, images: Float[Tensor, "B c h w"]) -> Features:
         """See `Candidate.features`."""
-        found: list[Features] = self.family.backbone([images], self.subnet)
+        found: list[Features] = self.family.supernet([images], self.subnet)
         return found[0]
 
     def last_blocks(self, images: Float[Tensor, "B c h w"], num_blocks: int) -> list[Features]:
         """See `Candidate.last_blocks`."""
-        return self.family.backbone.last_blocks(images, self.subnet, num_blocks)
+        return self.family.supernet.last_blocks(images, self.subnet, num_blocks)
 
     def network(self, image_size: int | tuple[int, int] | None = None, *, drop_path: float = 0.0) -> nn.Module:
         """See `Candidate.network`."""
@@ -138,7 +138,7 @@ class FamilyMember(Candidate):
     @property
     def device(self) -> torch.device:
         """See `Candidate.device`."""
-        return next(self.family.backbone.parameters()).device
+        return next(self.family.supernet.parameters()).device
 
 
 class TimmCandidate(Candidate):
@@ -241,7 +241,7 @@ def _members(spec: str, subnets: Sequence[str], untrained_seed: int | None, *, i
     family = load(spec)
     if untrained_seed is not None:
         seed = derived_seed(untrained_seed, "weights")
-        family.backbone.init_weights_(torch.Generator().manual_seed(seed))
+        family.supernet.init_weights_(torch.Generator().manual_seed(seed))
     prefix = "" if is_only else f"{Path(spec).name}/"
     members = family.space.parse_all(list(subnets))
     found: list[Candidate] = [FamilyMember(family, member, spec, f"{prefix}{member}") for member in members]

@@ -63,7 +63,7 @@ def test_the_table_of_shapes_is_the_state_dict(kind, config, backbone):
 
 
 def test_state_dict_keys_are_timms(family):
-    ours = set(family.backbone.state_dict()) - family.backbone.layout.training_only
+    ours = set(family.supernet.state_dict()) - family.supernet.layout.training_only
     assert ours == set(family.extract(family.space.intact).state_dict())
 
 
@@ -123,15 +123,15 @@ def test_several_crop_sizes_at_once_give_what_each_gives_alone(config, backbone)
 def test_every_extracted_network_equals_its_subnet_at_every_depth_and_counts_right(kind, config, family):
     for subnet in family.subnets:
         model = family.extract(subnet)
-        family.verify(subnet, partial(family.backbone.timm_features, model), config.image_size)
+        family.verify(subnet, partial(family.supernet.timm_features, model), config.image_size)
         with torch.inference_mode():
             assert relative_error(model(images(config)), family.features(images(config), subnet)) < 1e-5
-            ours = family.backbone.forward_intermediates(images(config), subnet)
+            ours = family.supernet.forward_intermediates(images(config), subnet)
             theirs = model.forward_intermediates(images(config), intermediates_only=True)
         assert len(ours) == len(theirs)
         for mine, timms in zip(ours, theirs, strict=True):
             assert relative_error(mine, timms) < 1e-5
-        assert sum(part.numel() for part in model.parameters()) == num_params(family.backbone.layout, subnet)
+        assert sum(part.numel() for part in model.parameters()) == num_params(family.supernet.layout, subnet)
 
 
 def test_the_table_s_operations_are_those_of_the_extracted_network(kind, config, family):
@@ -158,7 +158,7 @@ def test_an_image_size_that_cannot_be_cut_is_refused(config, family):
     accepted = [size for size in sizes if size not in refused and size > config.image_size // 2]
     for size in {accepted[0], accepted[-1]}:
         model = family.extract(family.space.smallest, image_size=size)
-        family.verify(family.space.smallest, partial(family.backbone.timm_features, model), size)
+        family.verify(family.space.smallest, partial(family.supernet.timm_features, model), size)
 
 
 def _is_refused(config, size):
@@ -215,9 +215,9 @@ def test_an_unknown_architecture_is_refused_with_those_there_are():
 def test_the_last_blocks_are_timms_normed_tokens_and_the_deepest_is_the_features(kind, config, family):
     batch = images(config)
     for member in family.subnets:
-        features = family.backbone([batch], member)[0]
+        features = family.supernet([batch], member)[0]
         for num_blocks in (1, 2, 100):
-            found = family.backbone.last_blocks(batch, member, num_blocks)
+            found = family.supernet.last_blocks(batch, member, num_blocks)
             assert torch.equal(found[-1].cls, features.cls)
             assert torch.equal(found[-1].patches, features.patches)
         model = family.extract(member)

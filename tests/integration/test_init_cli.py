@@ -86,7 +86,7 @@ def test_the_backbone_is_frozen_first_and_learns_then(source, tmp_path):
 
 def test_a_resumed_run_needs_no_source(source, tmp_path, capsys):
     assert pretrain(tmp_path, "--init", source, "--train.checkpoint-every", 3) == 0
-    first = load(tmp_path / "run").backbone.state_dict()
+    first = load(tmp_path / "run").supernet.state_dict()
     family = tmp_path / "run" / "family"
     for file in [*family.iterdir()]:
         file.unlink()
@@ -100,20 +100,20 @@ def test_a_resumed_run_needs_no_source(source, tmp_path, capsys):
     assert main(["pretrain", "--out", str(tmp_path / "run")]) == 0
     assert "Resuming after step" in capsys.readouterr().err
     again = load(tmp_path / "run")
-    assert all(torch.equal(first[name], tensor) for name, tensor in again.backbone.state_dict().items())
+    assert all(torch.equal(first[name], tensor) for name, tensor in again.supernet.state_dict().items())
     assert again.card.provenance["init"]["name"] == "dino"
 
 
 def test_a_run_killed_in_its_first_checkpoint_starts_from_the_source_again(source, tmp_path, capsys):
     assert pretrain(tmp_path, "--init", source) == 0
-    first = load(tmp_path / "run").backbone.state_dict()
+    first = load(tmp_path / "run").supernet.state_dict()
     shutil.rmtree(tmp_path / "run" / "family")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "checkpoints" / ".step-00000004.half-written").mkdir(parents=True)
     capsys.readouterr()
     assert main(["pretrain", "--out", str(tmp_path / "run")]) == 0
     assert "Started from" in capsys.readouterr().err
-    again = load(tmp_path / "run").backbone.state_dict()
+    again = load(tmp_path / "run").supernet.state_dict()
     assert all(torch.equal(first[name], tensor) for name, tensor in again.items())
 
 

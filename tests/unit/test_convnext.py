@@ -36,14 +36,14 @@ def test_small_crops_are_padded_with_zeros_below_and_to_the_right():
 
 
 def test_only_parameters_with_an_elastic_fan_in_have_a_factor():
-    cuts = make_family(SMALL).backbone.layout.cuts
+    cuts = make_family(SMALL).supernet.layout.cuts
     scaled = {name for name, cut in cuts.items() if cut.scale(8) != 1.0}
     expected = {name for name in cuts if name.endswith(("fc1.weight", "fc2.weight", "downsample.1.weight"))}
     assert scaled == expected
 
 
 def test_channels_may_be_reordered_without_changing_what_is_computed():
-    backbone = make_family(SMALL).backbone
+    backbone = make_family(SMALL).supernet
     rng = torch.Generator().manual_seed(0)
     before = backbone([images(SMALL)], backbone.space.intact)[0].cls
     groups = channel_groups(backbone.layout)

@@ -66,10 +66,10 @@ def test_all_143_subnets_of_the_large_space_equal_their_timm_models_at_every_dep
         for subnet in family.subnets:
             model = family.extract(subnet)
             theirs, between = model.forward_intermediates(images, norm=False, output_fmt="NCHW")
-            ours = family.backbone([images], subnet)[0]
+            ours = family.supernet([images], subnet)[0]
             assert relative_error(ours.cls, theirs[:, 0]) < 1e-5, subnet
             assert relative_error(ours.patches, theirs[:, 1:]) < 1e-5, subnet
-            blocks = family.backbone.forward_intermediates(images, subnet)
+            blocks = family.supernet.forward_intermediates(images, subnet)
             assert len(blocks) == len(between) == subnet.depths[0]
             for mine, other in zip(blocks, between, strict=True):
                 assert relative_error(mine, other) < 1e-5, subnet
@@ -94,15 +94,15 @@ def test_extraction_for_another_image_size_resizes_the_positions(family):
 
 def test_extracted_weights_share_no_memory_with_the_family(family):
     model = family.extract(family.space.intact)
-    before = family.backbone.norm.weight.clone()
+    before = family.supernet.norm.weight.clone()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(family.backbone.norm.weight, before)
+    assert torch.equal(family.supernet.norm.weight, before)
 
 
 def test_gradients_reach_only_what_the_subnet_owns():
-    backbone = make_family(TINY).backbone.requires_grad_(True)
+    backbone = make_family(TINY).supernet.requires_grad_(True)
     backbone([torch.randn(2, 1, 16, 16)], backbone.space.parse("w32-d2"))[0].cls.sum().backward()
     gradient = backbone.blocks[0].attn.qkv.weight.grad.view(3, 64, 64)
     assert gradient[:, :32, :32].abs().sum() > 0
@@ -144,18 +144,18 @@ def test_a_model_that_differs_is_refused(family, tmp_path):
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight[0, 0] += 0.5
     with pytest.raises(ExtractionError, match="w48-d3 differs"):
-        family.verify(family.space.parse("w48-d3"), partial(family.backbone.timm_features, model), 16)
+        family.verify(family.space.parse("w48-d3"), partial(family.supernet.timm_features, model), 16)
 
 
 def test_a_damaged_cut_leaves_nothing_behind(family, tmp_path, monkeypatch):
-    honest = family.backbone.timm_state
+    honest = family.supernet.timm_state
 
     def damaged(subnet, image_size):
         state = honest(subnet, image_size)
         state["norm.weight"] = state["norm.weight"] * 1.01
         return state
 
-    monkeypatch.setattr(family.backbone, "timm_state", damaged)
+    monkeypatch.setattr(family.supernet, "timm_state", damaged)
     with pytest.raises(ExtractionError):
         family.save_subnet("w48-d3", tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
@@ -165,8 +165,8 @@ def test_family_survives_saving_and_loading_bit_for_bit(family, tmp_path):
     family.save(tmp_path / "family")
     again = load(tmp_path)
     assert again.card.config == family.card.config
-    for name, tensor in family.backbone.state_dict().items():
-        assert torch.equal(tensor, again.backbone.state_dict()[name])
+    for name, tensor in family.supernet.state_dict().items():
+        assert torch.equal(tensor, again.supernet.state_dict()[name])
 
 
 def test_existing_directory_is_not_overwritten_unasked(family, tmp_path):
@@ -219,5 +219,5 @@ def test_card_is_read_without_torch(family, tmp_path):
         "print(card.num_params(card.space.intact)); assert 'torch' not in sys.modules"
     )
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    assert int(out) == num_params(family.backbone.layout, family.space.intact)
+    assert int(out) == num_params(family.supernet.layout, family.space.intact)
     assert read_card(tmp_path).space == family.space

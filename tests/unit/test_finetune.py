@@ -430,7 +430,7 @@ def opened(directory):
 @pytest.mark.parametrize("subnet", [0, -1])
 def test_a_fine_tuned_subnet_learns_and_opens_in_timm_with_its_classifier(family, tmp_path, subnet):
     task = task_of(family, subnet=subnet, settings=LEARNING)
-    before = {name: part.clone() for name, part in family.backbone.state_dict().items()}
+    before = {name: part.clone() for name, part in family.supernet.state_dict().items()}
     report = finetune(task, LEARNING, CPU, tmp_path)
     assert report.result.best["accuracy"] > 0.9
     model = opened(tmp_path / "model")
@@ -440,7 +440,7 @@ def test_a_fine_tuned_subnet_learns_and_opens_in_timm_with_its_classifier(family
     assert model.num_classes == 3
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert (config["num_classes"], config["label_names"]) == (3, list(NAMES))
-    assert all(torch.equal(part, before[name]) for name, part in family.backbone.state_dict().items())
+    assert all(torch.equal(part, before[name]) for name, part in family.supernet.state_dict().items())
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["best"] == report.result.best
     assert len(metrics["history"]) == 6
@@ -563,7 +563,7 @@ def test_every_size_with_its_classifier_gives_the_logits_of_the_family(name, tmp
     for subnet in family.subnets:
         model = family.extract(subnet)
         model.reset_classifier(3)
-        head = family.head.state(family.backbone.layout.features, subnet.width)
+        head = family.head.state(family.supernet.layout.features, subnet.width)
         model.get_classifier().load_state_dict(head, strict=True)
         with torch.inference_mode():
             trained = task.model(images, subnet)

@@ -269,7 +269,7 @@ def test_agreement_counts_the_matches_that_are_the_largest_networks_too():
 def test_a_heads_scores_are_the_logits_of_training_at_every_width():
     family = family_of(VITS["learned"])
     heads = ProjectionHeads(
-        family.backbone.layout.features, HeadsConfig(hidden_dim=8, bottleneck_dim=4, num_prototypes=(5, 7))
+        family.supernet.layout.features, HeadsConfig(hidden_dim=8, bottleneck_dim=4, num_prototypes=(5, 7))
     )
     heads.init_weights_(torch.Generator().manual_seed(0))
     for width in (16, 32):

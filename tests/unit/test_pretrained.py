@@ -307,5 +307,5 @@ def test_a_family_grows_on(tmp_path):
     report = start_from_(again, config, images)
     assert not report.tensors.missing
     assert report.provenance["license"] == "cc-by-nc-4.0"
-    expected = load(tmp_path / "family").backbone.state_dict()
+    expected = load(tmp_path / "family").supernet.state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in again.state_dict().items())

@@ -23,8 +23,8 @@ def test_all_of_a_spread_of_real_networks_equal_their_timm_models(name):
     for subnet in dict.fromkeys(spread):
         model = family.extract(subnet)
         with torch.inference_mode():
-            ours = family.backbone([images], subnet)[0]
-            theirs = family.backbone.timm_features(model, images)
+            ours = family.supernet([images], subnet)[0]
+            theirs = family.supernet.timm_features(model, images)
         assert relative_error(ours.cls, theirs.cls) < 1e-5, subnet
         assert relative_error(ours.patches, theirs.patches) < 1e-5, subnet
     assert len(set(spread)) == NUM_EACH

@@ -21,7 +21,7 @@ def images(config, count=2):
 
 
 def assert_equals_timm(family, subnet, batch):
-    assert_same(family.backbone, subnet, family.extract(subnet), batch)
+    assert_same(family.supernet, subnet, family.extract(subnet), batch)
 
 
 def assert_same(backbone, subnet, model, batch):
@@ -50,7 +50,7 @@ def test_stage_one_has_a_shortcut_only_where_the_channels_differ(base_channels, 
 def test_blocks_start_as_the_identity_where_asked():
     for zero in (True, False):
         config = ResNetConfig(**SMALL, **SHALLOW, zero_init_last=zero)
-        backbone = make_family(config).backbone
+        backbone = make_family(config).supernet
         backbone.init_weights_(torch.Generator().manual_seed(0))
         gains = [part for name, part in backbone.state_dict().items() if name.endswith("bn3.weight")]
         assert all(bool((gain == (0.0 if zero else 1.0)).all()) for gain in gains)
@@ -88,7 +88,7 @@ def test_settings_that_make_no_network_are_refused(options, message):
 @pytest.mark.parametrize("patch_scale", [1, 2, 4])
 def test_masks_fit_the_patches_of_any_image_size(size, patch_scale):
     config = ResNetConfig(**{**SMALL, **SHALLOW, "image_size": size, "patch_scale": patch_scale})
-    backbone = make_family(config).backbone
+    backbone = make_family(config).supernet
     everything = torch.ones(2, config.mask_side**2, dtype=torch.bool)
     first, second = (
         backbone([batch], backbone.space.smallest, [everything])[0] for batch in (images(config), images(config) + 1)
@@ -102,7 +102,7 @@ def test_masks_fit_the_patches_of_any_image_size(size, patch_scale):
 def test_all_465_subnets_of_the_default_depths_equal_their_timm_models():
     config = ResNetConfig(**SMALL, outer_depths=(1, 1))
     family = make_family(config)
-    backbone, batch = family.backbone, images(config, count=1)
+    backbone, batch = family.supernet, images(config, count=1)
     assert len(family.subnets) == 465
     for width in config.widths:
         # As `cut_state`, but blocks that many depths have in common are cut once: copying them is most of the work.

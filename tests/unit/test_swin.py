@@ -38,12 +38,12 @@ def noise(config, height=None, width=None, rows=2):
 def largest_error(family, subnet, image_size=None):
     """Of class vectors, patch vectors and the maps of every stage, between the sub-network and its timm model."""
     model = family.extract(subnet, image_size)
-    images = noise(family.backbone.config, image_size)
+    images = noise(family.supernet.config, image_size)
     with torch.inference_mode():
-        ours, theirs = family.backbone([images], subnet)[0], family.backbone.timm_features(model, images)
+        ours, theirs = family.supernet([images], subnet)[0], family.supernet.timm_features(model, images)
         pairs = [(ours.cls, theirs.cls), (ours.patches, theirs.patches), (ours.cls, model(images))]
         maps = model.forward_intermediates(images, intermediates_only=True)
-        pairs += zip(family.backbone.forward_intermediates(images, subnet), maps, strict=True)
+        pairs += zip(family.supernet.forward_intermediates(images, subnet), maps, strict=True)
     return max(relative_error(mine, timms) for mine, timms in pairs)
 
 
@@ -129,7 +129,7 @@ def test_all_39_subnets_of_the_default_space_equal_their_timm_models(default_fam
 def test_extraction_for_a_smaller_image_is_exact(image_size):
     family = family_of(SwinConfig(**SMALL, image_size=56))
     model = family.extract("w16-d3", image_size)
-    sides = family.backbone.config.map_sides(image_size)
+    sides = family.supernet.config.map_sides(image_size)
     tables = [model.layers[stage].blocks[0].attn.relative_position_bias_table for stage in range(4)]
     assert [len(table) for table in tables] == [(2 * min(7, side) - 1) ** 2 for side in sides]
     assert largest_error(family, Subnet.parse("w16-d3"), image_size) < 1e-5
@@ -168,7 +168,7 @@ def test_options_out_of_range_are_refused(option, value, expected):
 @pytest.mark.parametrize(("height", "width"), [(3, 5), (17, 40), (28, 56), (64, 20)])
 def test_crops_are_padded_to_whole_patches_at_the_bottom_and_right(always, height, width):
     config = SwinConfig(**SMALL, image_size=64, window_size=4, always_partition=always)
-    backbone = family_of(config).backbone
+    backbone = family_of(config).supernet
     image = noise(config, height, width)
     padded = torch.zeros(2, 1, -(-height // 4) * 4, -(-width // 4) * 4)
     padded[:, :, :height, :width] = image
@@ -181,7 +181,7 @@ def test_crops_are_padded_to_whole_patches_at_the_bottom_and_right(always, heigh
 def test_masks_of_a_map_with_an_odd_side_cover_what_they_name():
     config = SwinConfig(**SMALL, image_size=56, window_size=7)
     assert config.mask_side == 4
-    backbone = family_of(config).backbone
+    backbone = family_of(config).supernet
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
     mask[:, 1, 2] = True
     image = noise(config)
@@ -195,14 +195,14 @@ def test_masks_of_a_map_with_an_odd_side_cover_what_they_name():
 
 
 def test_stochastic_depth_rises_from_the_first_block_to_the_last_by_original_number():
-    backbone = family_of(SwinConfig(**SMALL, image_size=28, drop_path=0.2)).backbone
+    backbone = family_of(SwinConfig(**SMALL, image_size=28, drop_path=0.2)).supernet
     rates = [backbone._drop_rate(stage, block) for stage, depth in enumerate((2, 2, 5, 2)) for block in range(depth)]
     assert rates == pytest.approx([0.02 * block for block in range(11)])
 
 
 def test_windows_first_made_in_inference_mode_can_be_trained_through():
     windows_of.cache_clear()
-    backbone = family_of(SwinConfig(**SMALL, image_size=28)).backbone.requires_grad_(True)
+    backbone = family_of(SwinConfig(**SMALL, image_size=28)).supernet.requires_grad_(True)
     image = noise(backbone.config)
     with torch.inference_mode():
         backbone([image], backbone.space.intact)
@@ -211,7 +211,7 @@ def test_windows_first_made_in_inference_mode_can_be_trained_through():
 
 
 def test_the_residual_stream_stays_float32_under_autocast():
-    backbone = family_of(SwinConfig(**SMALL, image_size=28)).backbone
+    backbone = family_of(SwinConfig(**SMALL, image_size=28)).supernet
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         maps = backbone.forward_intermediates(noise(backbone.config), backbone.space.smallest)
     assert {part.dtype for part in maps} == {torch.float32}
@@ -219,7 +219,7 @@ def test_the_residual_stream_stays_float32_under_autocast():
 
 def test_every_row_computes_what_it_computes_alone():
     config = SwinConfig(**SMALL, image_size=56)
-    backbone = family_of(config).backbone
+    backbone = family_of(config).supernet
     images = noise(config, rows=3)
     with torch.inference_mode():
         together = backbone([images], backbone.space.middle)[0].cls

@@ -141,7 +141,7 @@ def test_the_image_processor_prepares_images_as_the_family_does(case, num_channe
     family = make_family(replace(CASES[case][0], num_channels=num_channels, image_size=32))
     mean, std = ((0.4,), (0.2,)) if num_channels == 1 else ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     how = replace(family.card.preprocessing, mean=mean, std=std, crop_pct=0.8)
-    family = Family(replace(family.card, preprocessing=how), family.backbone)
+    family = Family(replace(family.card, preprocessing=how), family.supernet)
     save_transformers(family, family.space.smallest, tmp_path / "net")
 
     rows, columns = np.mgrid[:70, :50]
@@ -161,7 +161,7 @@ def test_the_image_processor_prepares_images_as_the_family_does(case, num_channe
 
 def test_the_image_processor_takes_size_and_interpolation_from_what_was_written(family, tmp_path):
     how = replace(family.card.preprocessing, interpolation="bilinear", crop_pct=0.9)
-    other = Family(replace(family.card, preprocessing=how), family.backbone)
+    other = Family(replace(family.card, preprocessing=how), family.supernet)
     save_transformers(other, other.space.smallest, tmp_path / "net", image_size=24)
     described = json.loads((tmp_path / "net" / "preprocessor_config.json").read_text())
     assert described["crop_size"] == {"height": 24, "width": 24}
@@ -196,25 +196,25 @@ def test_networks_without_a_class_in_transformers_give_none(wrapped):
 
 def test_the_translated_model_shares_no_memory_with_the_family(family):
     model = transformers_model(family.extract(family.space.intact))
-    before = {name: tensor.clone() for name, tensor in family.backbone.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in family.supernet.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    for name, tensor in family.backbone.state_dict().items():
+    for name, tensor in family.supernet.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 
 @pytest.mark.parametrize("kind", ["family", "wrapped"])
 def test_a_damaged_model_is_refused_and_leaves_nothing_behind(kind, request, tmp_path, monkeypatch):
     source = request.getfixturevalue(kind)
-    honest = source.backbone.timm_state
+    honest = source.supernet.timm_state
 
     def damaged(subnet, image_size):
         state = honest(subnet, image_size)
         name = next(name for name in state if name.endswith("norm.weight"))
         return state | {name: state[name] * 1.01}
 
-    monkeypatch.setattr(source.backbone, "timm_state", damaged)
+    monkeypatch.setattr(source.supernet, "timm_state", damaged)
     with pytest.raises(ExtractionError, match="differs"):
         save_transformers(source, source.space.smallest, tmp_path / "net")
     assert list(tmp_path.iterdir()) == []

@@ -274,9 +274,9 @@ def _features(family: Family, model: PreTrainedModel, images: Tensor) -> Feature
     """What the opened model gives, its class vectors as `pooler_output` has them."""
     out = model(pixel_values=images)
     if model.config.model_type == "timm_wrapper":
-        return Features(out.pooler_output, family.backbone.timm_features(model.timm_model, images).patches)
-    if isinstance(family.backbone, HierarchicalBackbone):
-        return family.backbone.token_features(out.pooler_output, out.last_hidden_state)
+        return Features(out.pooler_output, family.supernet.timm_features(model.timm_model, images).patches)
+    if isinstance(family.supernet, HierarchicalBackbone):
+        return family.supernet.token_features(out.pooler_output, out.last_hidden_state)
     num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
     return Features(out.pooler_output, out.last_hidden_state[:, num_prefix:])
 

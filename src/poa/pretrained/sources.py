@@ -62,7 +62,7 @@ def open_weights(spec: str) -> PublicWeights:
         origin = {"name": f"poa family {card.space.intact}", "family": dict(card.provenance)}
         origin["license"] = card.provenance.get("init", {}).get("license", "unknown")
         config = _one_member(card.config)
-        return PublicWeights(spec, family.backbone.state_dict(), {"source": spec, **origin}, config)
+        return PublicWeights(spec, family.supernet.state_dict(), {"source": spec, **origin}, config)
     return _from_timm(spec, name=path.name)
 
 

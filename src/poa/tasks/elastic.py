@@ -181,6 +181,6 @@ def _trainable(family: Family, drop_path: float) -> Backbone:
     if hasattr(config, "drop_path"):
         config = replace(config, drop_path=drop_path)
     backbone: Backbone = family.card.architecture.build(config)
-    backbone.load_state_dict(family.backbone.state_dict(), strict=True)
+    backbone.load_state_dict(family.supernet.state_dict(), strict=True)
     backbone.timm_model(backbone.space.intact, family.card.preprocessing.image_size)
     return backbone

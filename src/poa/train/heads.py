@@ -38,7 +38,7 @@ def load_heads(path: str | Path) -> ProjectionHeads | None:
             f"the newest checkpoint of {run.path} is of step {state['step']}, its family of step {finished}: the heads "
             f"do not belong to it. Name the family's directory ({run.family}) to do without them."
         )
-    heads = ProjectionHeads(family.backbone.layout.features, config.heads)
+    heads = ProjectionHeads(family.supernet.layout.features, config.heads)
     own = {name.removeprefix(PREFIX): part for name, part in tensors.items() if name.startswith(PREFIX)}
     try:
         heads.load_state_dict(own, strict=True)
