@@ -16,6 +16,7 @@ from poa.errors import CheckpointError, ConfigError, ExtractionError
 from poa.files import replace_directory, write_json
 from poa.randomness import derived_seed
 from poa.task_head import TaskHead, read_head
+from poa.tensor_file import Part, write_safetensors
 from poa.version import __version__
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from poa.backbones.base import Backbone, Features, TimmModel
+    from poa.backbones.base import Backbone, Features
+    from poa.backbones.view import SubnetView
 
 CARD_FILE = "family.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -107,6 +109,7 @@ class Family:
         self.card = card
         self.supernet = backbone.eval().requires_grad_(False)
         self.head = head
+        self._views: dict[tuple[Subnet, int], SubnetView] = {}
 
     @property
     def space(self) -> SearchSpace:
@@ -136,6 +139,31 @@ class Family:
         found: Tensor = vectors @ state["weight"].to(vectors).T + state["bias"].to(vectors)
         return found
 
+    def backbone(self, subnet: str | Subnet, image_size: int | None = None) -> SubnetView:
+        """The sub-network as a module that computes with the family's own weights; nothing is copied.
+
+        Asking again gives the same module: switching between sizes costs a look-up.
+
+        Args:
+            subnet: its name, `w384-d12`, or value.
+            image_size: side of the images it is for; the family's own by default.
+
+        Returns:
+            A module in evaluation mode: calling it gives the class vectors [B, C], `logits` those of the family's
+            classifier, `features` also the patch vectors.
+
+        Raises:
+            SubnetError: the family has no such sub-network.
+            ConfigError: no network can be cut for that image size.
+        """
+        from poa.backbones.view import SubnetView
+
+        key = self.space.parse(subnet), self.checked_image_size(image_size)
+        if key not in self._views:
+            head = None if self.head is None else self.head.windows(self.supernet.layout.features, key[0].width)
+            self._views[key] = SubnetView(self.supernet, *key, head)
+        return self._views[key]
+
     def extract(self, subnet: str | Subnet, image_size: int | None = None, *, drop_path: float = 0.0) -> nn.Module:
         """The sub-network as an ordinary timm model with its own weights, in evaluation mode.
 
@@ -153,9 +181,11 @@ class Family:
             SubnetError: the family has no such sub-network.
             ConfigError: no network can be cut for that image size.
         """
+        from poa.backbones.timm_network import empty_timm_model
+
         member = self.space.parse(subnet)
         size = self.checked_image_size(image_size)
-        model = _empty_timm_model(self.supernet.timm_model(member, size), drop_path_rate=drop_path)
+        model = empty_timm_model(self.supernet.timm_model(member, size), drop_path_rate=drop_path)
         model.load_state_dict(self.supernet.timm_state(member, size), strict=True, assign=True)
         return model.eval()
 
@@ -193,15 +223,14 @@ class Family:
 
     def write_timm(self, member: Subnet, directory: Path, image_size: int) -> None:
         """Writes `model.safetensors` and timm's `config.json` of a sub-network into a directory that is there."""
-        from safetensors.torch import save_file
-
-        state = self.supernet.timm_state(member, image_size)
         config = self.timm_config(member, image_size)
+        found = self.supernet.timm_windows(member, image_size)
         if self.head is not None:
             part = config["pretrained_cfg"]["classifier"]
-            head = self.head.state(self.supernet.layout.features, member.width)
-            state |= {f"{part}.{name}": tensor for name, tensor in head.items()}
-        save_file({name: part.contiguous() for name, part in state.items()}, directory / "model.safetensors")
+            head = self.head.windows(self.supernet.layout.features, member.width)
+            found |= {f"{part}.{name}": window for name, window in head.items()}
+        parts = {name: Part(window.shape, window.view.dtype, window.part) for name, window in found.items()}
+        write_safetensors(parts, directory / "model.safetensors")
         write_json(directory / "config.json", config)
 
     def record(self, member: Subnet, image_size: int, found: Verification) -> dict[str, Any]:
@@ -287,8 +316,10 @@ class Family:
                 self.head.save(scratch)
 
     def to(self, device: str | torch.device) -> Family:
-        """The same family with its weights on that device."""
+        """The same family with its weights on that device; its views follow."""
         self.supernet.to(device)
+        for view in self._views.values():
+            view.bind_()
         return self
 
     def checked_image_size(self, image_size: int | None) -> int:
@@ -424,18 +455,3 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _empty_timm_model(made: TimmModel, **training: float) -> nn.Module:
-    import timm
-    import torch
-
-    arguments = {"pretrained": False, "num_classes": 0, **made.arguments, **training}
-    with torch.device("meta"):
-        empty: nn.Module = timm.create_model(made.architecture, **arguments)
-    if next(empty.buffers(), None) is None:
-        return empty
-    # Buffers that no state dict holds (Swin's attention masks) are computed where the model is made.
-    with torch.random.fork_rng(devices=[]):
-        whole: nn.Module = timm.create_model(made.architecture, **arguments)
-    return whole

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from poa.elastic import Axis, Cut, fixed
+from poa.elastic import Axis, Cut, Window, fixed
 from poa.errors import CheckpointError
 from poa.files import write_json
 
@@ -55,9 +55,15 @@ class TaskHead:
 
     def state(self, features: Axis, width: int) -> dict[str, Tensor]:
         """`weight` and `bias` of the plain linear layer of a sub-network of that width, its factor folded in."""
+        return {name: window.dense().cpu() for name, window in self.windows(features, width).items()}
+
+    def windows(self, features: Axis, width: int) -> dict[str, Window]:
+        """What a sub-network of that width owns of `weight` and `bias`, where it lies."""
         weight, bias = head_cuts(features, self.num_classes)
-        found = {"weight": weight.apply(self.weight, width), "bias": bias.apply(self.bias, width)}
-        return {name: part.detach().cpu().clone() for name, part in found.items()}
+        return {
+            "weight": weight.window(self.weight.detach(), width),
+            "bias": bias.window(self.bias.detach(), width),
+        }
 
     def save(self, directory: Path) -> None:
         """Writes `head.safetensors` and `head.json` into a directory that is there."""

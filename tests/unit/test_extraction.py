@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -148,14 +149,13 @@ def test_a_model_that_differs_is_refused(family, tmp_path):
 
 
 def test_a_damaged_cut_leaves_nothing_behind(family, tmp_path, monkeypatch):
-    honest = family.supernet.timm_state
+    honest = family.supernet.timm_windows
 
     def damaged(subnet, image_size):
-        state = honest(subnet, image_size)
-        state["norm.weight"] = state["norm.weight"] * 1.01
-        return state
+        found = honest(subnet, image_size)
+        return found | {"norm.weight": replace(found["norm.weight"], scale=1.01)}
 
-    monkeypatch.setattr(family.supernet, "timm_state", damaged)
+    monkeypatch.setattr(family.supernet, "timm_windows", damaged)
     with pytest.raises(ExtractionError):
         family.save_subnet("w48-d3", tmp_path / "net")
     assert list(tmp_path.iterdir()) == []

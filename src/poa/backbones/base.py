@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from poa.elastic import Layout, SearchSpace, Subnet
+from poa.elastic import Layout, SearchSpace, Subnet, Window, windows
 
 
 class Features(NamedTuple):
@@ -93,9 +93,18 @@ class Backbone(nn.Module, ABC):
     def timm_model(self, subnet: Subnet, image_size: int) -> TimmModel:
         """How timm makes the extracted network."""
 
-    @abstractmethod
     def timm_state(self, subnet: Subnet, image_size: int) -> dict[str, Tensor]:
-        """The extracted network's state dict, for timm's class, at that image size."""
+        """The extracted network's state dict, for timm's class, at that image size; in memory of its own."""
+        return {name: window.dense() for name, window in self.timm_windows(subnet, image_size).items()}
+
+    def timm_windows(self, subnet: Subnet, image_size: int) -> dict[str, Window]:
+        """The same where it lies in the super-network's weights; what is made for another image size is a copy."""
+        found = windows(self.layout, self.state_dict(), subnet)
+        return {name: self.for_image_size(name, window, image_size) for name, window in found.items()}
+
+    def for_image_size(self, name: str, window: Window, image_size: int) -> Window:  # noqa: ARG002 (for subclasses)
+        """What an extracted network owns under that name of timm's, made for that image size."""
+        return window
 
     @abstractmethod
     def timm_features(self, model: nn.Module, images: Float[Tensor, "B c h w"]) -> Features:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from poa.backbones.base import Backbone, Features
-from poa.elastic import Subnet, cut_state
+from poa.elastic import Subnet
 
 
 class HierarchicalBackbone(Backbone):
@@ -77,10 +77,6 @@ class HierarchicalBackbone(Backbone):
     def timm_features(self, model: nn.Module, images: Float[Tensor, "B c h w"]) -> Features:
         """See `Backbone.timm_features`."""
         return self._features(*self.timm_read_out(model, images))
-
-    def timm_state(self, subnet: Subnet, image_size: int) -> dict[str, Tensor]:  # noqa: ARG002 (no part depends on it)
-        """See `Backbone.timm_state`."""
-        return cut_state(self.layout, self.state_dict(), subnet)
 
     def compile_blocks_(self) -> None:
         """See `Backbone.compile_blocks_`."""

@@ -17,7 +17,7 @@ from poa.backbones.hierarchical import HierarchicalBackbone, draw_kept_rows, hid
 from poa.backbones.swin_layout import axis_windows, block_cuts, merging_cuts, stage_depths, swin_layout, swin_space
 from poa.backbones.vit_blocks import Mlp, PatchEmbed
 from poa.config import SwinConfig
-from poa.elastic import Cut, Subnet, cut_state
+from poa.elastic import Cut, Subnet, Window
 from poa.elastic.layers import ElasticLayerNorm, ElasticLinear
 
 EPS = 1e-5
@@ -265,20 +265,17 @@ class ElasticSwin(HierarchicalBackbone):
         described = {"pool_size": [side, side], "first_conv": "patch_embed.proj", "classifier": "head.fc"}
         return TimmModel("swin_tiny_patch4_window7_224", arguments, described, "avg")
 
-    def timm_state(self, subnet: Subnet, image_size: int) -> dict[str, Tensor]:
-        """See `Backbone.timm_state`; smaller windows take the inner part of the tables of relative positions."""
-        state = cut_state(self.layout, self.state_dict(), subnet)
-        sides = self.config.map_sides(image_size)
-        for name, table in state.items():
-            if not name.endswith("relative_position_bias_table"):
-                continue
-            stage = int(name.split(".")[1])
-            window = self.config.windows[stage]
-            axis = axis_windows(sides[stage], window, always_partition=self.config.always_partition)
-            inner = slice(window - axis.window, window + axis.window - 1)
-            side = 2 * window - 1
-            state[name] = table.unflatten(0, (side, side))[inner, inner].flatten(0, 1).contiguous()
-        return state
+    def for_image_size(self, name: str, window: Window, image_size: int) -> Window:
+        """See `Backbone.for_image_size`: smaller windows take the inner part of the table of relative positions."""
+        if not name.endswith("relative_position_bias_table"):
+            return window
+        stage = int(name.split(".")[1])
+        whole = self.config.windows[stage]
+        side = self.config.map_sides(image_size)[stage]
+        axis = axis_windows(side, whole, always_partition=self.config.always_partition)
+        inner = slice(whole - axis.window, whole + axis.window - 1)
+        table = window.view.unflatten(0, (2 * whole - 1, 2 * whole - 1))
+        return Window(table[inner, inner].flatten(0, 1))
 
     def adapted(self, name: str, tensor: Tensor) -> Tensor | None:
         """See `Backbone.adapted`; also the position table of another window, as timm resizes it."""

@@ -15,7 +15,7 @@ from poa.backbones.base import Backbone, Features, TimmModel
 from poa.backbones.vit_blocks import MLPS, Attention, EvaAttention, PatchEmbed, Rotation, Shapes, rotation
 from poa.backbones.vit_layout import block_cuts, hidden_channels, mlp_ratio_of, vit_layout, vit_space
 from poa.config import ViTConfig
-from poa.elastic import Cut, Subnet, cut_state
+from poa.elastic import Cut, Subnet, Window
 from poa.elastic.layers import ElasticLayerNorm, ElasticLayerScale
 from poa.errors import ConfigError
 
@@ -293,15 +293,13 @@ class ElasticViT(Backbone):
         tokens = model.forward_features(images)  # type: ignore[operator]
         return Features(tokens[:, 0], tokens[:, self.num_prefix_tokens :])
 
-    def timm_state(self, subnet: Subnet, image_size: int) -> dict[str, Tensor]:
-        """See `Backbone.timm_state`."""
-        state = cut_state(self.layout, self.state_dict(), subnet)
-        if self.config.position == "rope":
-            return state
+    def for_image_size(self, name: str, window: Window, image_size: int) -> Window:
+        """See `Backbone.for_image_size`: the position embedding is resized."""
+        if name != "pos_embed":
+            return window
         side, new = (size // self.config.patch_size for size in (self.config.image_size, image_size))
         num_prefix = 0 if self.config.no_embed_class else self.num_prefix_tokens
-        resized = resize_positions(state["pos_embed"], (side, side), (new, new), num_prefix)
-        return {**state, "pos_embed": resized.contiguous()}
+        return Window(resize_positions(window.view, (side, side), (new, new), num_prefix))
 
     def adapted(self, name: str, tensor: Tensor) -> Tensor | None:
         """See `Backbone.adapted`; also the position embedding of another square grid of patches."""

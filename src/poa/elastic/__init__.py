@@ -1,7 +1,19 @@
 """The elastic core: sub-networks as values, and the one rule that cuts them out of a super-network."""
 
 from poa.elastic.reorder import ChannelGroup, channel_groups, feature_order, num_units, reordered
-from poa.elastic.slicing import Axis, Cut, Layout, Stage, cut_state, elastic, fixed, kept_blocks, num_params
+from poa.elastic.slicing import (
+    Axis,
+    Cut,
+    Layout,
+    Stage,
+    Window,
+    cut_state,
+    elastic,
+    fixed,
+    kept_blocks,
+    num_params,
+    windows,
+)
 from poa.elastic.subnet import SearchSpace, Subnet
 
 __all__ = [
@@ -12,6 +24,7 @@ __all__ = [
     "SearchSpace",
     "Stage",
     "Subnet",
+    "Window",
     "channel_groups",
     "cut_state",
     "elastic",
@@ -21,4 +34,5 @@ __all__ = [
     "num_params",
     "num_units",
     "reordered",
+    "windows",
 ]

@@ -46,6 +46,10 @@ class Axis:
             return self.size
         return self.num_groups * (self.size // self.num_groups * width // self.max_width)
 
+    def is_split(self, width: int) -> bool:
+        """Whether a sub-network of that width owns parts of this axis that do not adjoin."""
+        return self.num_groups > 1 and self.active(width) != self.size
+
 
 def fixed(size: int) -> Axis:
     """An axis that every sub-network owns whole."""
@@ -55,6 +59,43 @@ def fixed(size: int) -> Axis:
 def elastic(size: int, max_width: int, channels: str | None = None, *, num_groups: int = 1, unit: int = 1) -> Axis:
     """An axis of which a sub-network owns the leading part, in proportion to its width."""
     return Axis(size, max_width, num_groups, channels, unit)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a sub-network owns of a parameter, where it lies in the super-network's: nothing is copied.
+
+    Attributes:
+        view: of the intact network's parameter. An axis of several blocks that is shortened has become two, blocks
+            and length.
+        scale: the factor that it lacks.
+        split: the axes of the extracted network's parameter that have become two, in rising order.
+    """
+
+    view: Tensor
+    scale: float = 1.0
+    split: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the extracted network's parameter."""
+        shape = list(self.view.shape)
+        for dim in self.split:
+            shape[dim : dim + 2] = [shape[dim] * shape[dim + 1]]
+        return tuple(shape)
+
+    def part(self) -> Tensor:
+        """The extracted network's parameter; where nothing is to be done, the view itself. Differentiable."""
+        part = self.view if self.scale == 1.0 else self.view * self.scale
+        for dim in self.split:
+            part = part.flatten(dim, dim + 1)
+        return part
+
+    def dense(self) -> Tensor:
+        """The extracted network's parameter in contiguous memory of its own."""
+        part = self.part().contiguous()
+        is_shared = part.untyped_storage().data_ptr() == self.view.untyped_storage().data_ptr()
+        return part.clone() if is_shared else part
 
 
 @dataclass(frozen=True)
@@ -91,25 +132,22 @@ class Cut:
 
         Differentiable. At full width it is `tensor` itself.
         """
-        if self.shape(width) == self.full_shape:
-            return tensor
-        grouped: list[int] = []
+        return tensor if self.shape(width) == self.full_shape else self.window(tensor, width).part()
+
+    def window(self, tensor: Tensor, width: int) -> Window:
+        """The part of the intact network's `tensor` that a sub-network of that width owns, where it lies."""
         dim = 0
         for axis in self.axes:
             length = axis.active(width)
-            if axis.num_groups > 1 and length != axis.size:
+            if axis.is_split(width):
                 tensor = tensor.unflatten(dim, (axis.num_groups, axis.size // axis.num_groups))
                 tensor = tensor.narrow(dim + 1, 0, length // axis.num_groups)
-                grouped.append(dim - len(grouped))
                 dim += 1
             elif length != axis.size:
                 tensor = tensor.narrow(dim, 0, length)
             dim += 1
-        if self.fan_in is not None:
-            tensor = tensor * self.scale(width)
-        for dim in grouped:
-            tensor = tensor.flatten(dim, dim + 1)
-        return tensor
+        split = tuple(dim for dim, axis in enumerate(self.axes) if axis.is_split(width))
+        return Window(tensor, self.scale(width), split)
 
 
 @dataclass(frozen=True)
@@ -190,9 +228,12 @@ def cut_state(layout: Layout, state: Mapping[str, Tensor], subnet: Subnet) -> di
         state: the super-network's state dict.
         subnet: the sub-network.
     """
-    return {
-        target: cut.apply(state[source].detach(), subnet.width).clone() for source, target, cut in layout.owned(subnet)
-    }
+    return {name: window.dense() for name, window in windows(layout, state, subnet).items()}
+
+
+def windows(layout: Layout, state: Mapping[str, Tensor], subnet: Subnet) -> dict[str, Window]:
+    """What the network extracted for `subnet` owns, by its names, where it lies in the super-network's `state`."""
+    return {target: cut.window(state[source].detach(), subnet.width) for source, target, cut in layout.owned(subnet)}
 
 
 def num_params(layout: Layout, subnet: Subnet) -> int:
