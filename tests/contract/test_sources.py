@@ -1,6 +1,8 @@
 """What every registered source of images must do."""
 
+import io
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -41,7 +43,17 @@ def make_parquet(root, changed):
     return str(root)
 
 
-MAKERS = {"digits": make_digits, "folder": make_folder, "parquet": make_parquet}
+def make_tar(root, changed):
+    root.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(root / "line\nbreak.tar", "w") as archive:
+        for index, content in enumerate([*contents(4, shift=changed), b""]):
+            member = tarfile.TarInfo(f"class {index % 2}/line\nbreak {index}.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return str(root)
+
+
+MAKERS = {"digits": make_digits, "folder": make_folder, "parquet": make_parquet, "tar": make_tar}
 
 
 @pytest.fixture(params=sorted(SOURCES))

@@ -36,7 +36,7 @@ class Finetune:
     network: Annotated[str, tyro.conf.Positional]
     """A run or family of poa, a directory in timm's format, or timm:NAME."""
     train: Annotated[str, tyro.conf.arg(aliases=("--data",))]
-    """Labelled images: a folder with one folder for each class, a .parquet file, or digits:train."""
+    """Labelled images: a folder with one folder for each class, .parquet or .tar files, or digits:train."""
     out: Path
     """The directory to write."""
     test: str | None = None

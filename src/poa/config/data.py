@@ -15,7 +15,7 @@ class DataConfig:
     """Where the images come from and what happens to those that cannot be read."""
 
     source: Annotated[str, tyro.conf.arg(aliases=("--data",))] = ""
-    """A folder of images (any depth), a .parquet file with an image column, or "digits" (built in)."""
+    """A folder of images (any depth), .parquet files with an image column, .tar files, or "digits" (built in)."""
     image_column: str = "image"
     """Parquet: the column with the encoded images (bytes, or a struct with a field `bytes`)."""
     label_column: str = "label"

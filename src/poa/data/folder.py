@@ -22,6 +22,11 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "
 """File names with these endings, in upper or lower case, count as images."""
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file of that name counts as an image."""
+    return "." in name and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
 class FolderSource(ImageSource):
     """All images below a folder, sorted by their path relative to it.
 
@@ -103,7 +108,7 @@ def _walk(root: Path) -> _Listing:
 
 def _visit(entry: os.DirEntry[str], name: str, listing: _Listing, queues: tuple[deque[str], deque[str]]) -> None:
     directories, links = queues
-    is_image = entry.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "." in entry.name
+    is_image = is_image_name(entry.name)
     try:
         status = entry.stat()
     except OSError as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -32,21 +35,30 @@ class ParquetSource(ImageSource):
         self.num_channels = num_channels
         self.max_pixels = config.max_pixels
         self._files = _parquet_files(Path(spec).expanduser())
-        tables = [_read(file, config) for file in self._files]
-        chunks = [_encoded(table.column(config.image_column), config.image_column) for table in tables]
-        self._starts = np.cumsum([0, *(table.num_rows for table in tables)])[:-1]
-        arrow = _arrow()
-        parts = [part for chunked in chunks for part in chunked.chunks]
-        self._column = arrow.chunked_array(parts, arrow.large_binary())
-        present = _has_bytes(self._column)
-        self._rows = np.flatnonzero(present)
+        starts, present, tables = [], [np.zeros(0, bool)], []
+        self._column = self._empty_column(config)
+        for file in self._files:
+            starts.append(self._column.num_rows)
+            for table in self._column.read(file, config):
+                column = _encoded(table.column(config.image_column), config.image_column)
+                self._column.append(column)
+                present.append(_has_bytes(column))
+                tables.append(table.select([name for name in table.column_names if name == config.label_column]))
+        self._starts, has_image = np.array(starts), np.concatenate(present)
+        self._rows = np.flatnonzero(has_image)
         self.skipped = tuple(
-            SkippedImage(self._row_name(int(row)), "has no image bytes") for row in np.flatnonzero(~present)
+            SkippedImage(self._row_name(int(row)), "has no image bytes") for row in np.flatnonzero(~has_image)
         )
         labels = _labels([table for table in tables if table.num_rows], config.label_column)
         self.labels = None if labels is None else labels[self._rows]
-        self.class_names = _class_names(tables[0].schema, config.label_column) if labels is not None else None
+        schema = _arrow().parquet.read_schema(self._files[0])
+        self.class_names = _class_names(schema, config.label_column) if labels is not None else None
         self._check_class_names()
+
+    def _empty_column(self, config: DataConfig) -> _Column:
+        """What will hold the images."""
+        del config
+        return _Column()
 
     @classmethod
     def accepts(cls, spec: str) -> bool:
@@ -112,6 +124,77 @@ class ParquetSource(ImageSource):
             )
 
 
+class ParquetInOrder(ParquetSource):
+    """The same images, names and fingerprint with one row group in memory at a time, for loading in order.
+
+    An image of another row group than the one before makes that whole group be read.
+    """
+
+    def _empty_column(self, config: DataConfig) -> _Column:
+        return _RowGroups(config)
+
+
+class _Column:
+    """Encoded images, all in memory."""
+
+    def __init__(self) -> None:
+        self._parts: list[Any] = []
+        self._ends = [0]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows so far."""
+        return self._ends[-1]
+
+    def read(self, file: Path, config: DataConfig) -> Iterator[Any]:
+        """The tables to look at, one after the other."""
+        yield _read(file, config)
+
+    def append(self, column: Any) -> None:  # noqa: ANN401 (a pyarrow chunked array)
+        """Takes the images of the table that `read` gave last."""
+        self._parts.append(column)
+        self._ends.append(self._ends[-1] + len(column))
+
+    def __getitem__(self, row: int) -> Any:  # noqa: ANN401 (a pyarrow scalar)
+        place = bisect_right(self._ends, row) - 1
+        return self._part(place)[row - self._ends[place]]
+
+    def _part(self, place: int) -> Any:  # noqa: ANN401 (a pyarrow chunked array)
+        return self._parts[place]
+
+
+class _RowGroups(_Column):
+    """Encoded images, those of the row group that was asked for last in memory."""
+
+    def __init__(self, config: DataConfig) -> None:
+        super().__init__()
+        self._config = config
+        self._open: tuple[int, Any] = (-1, None)
+
+    def read(self, file: Path, config: DataConfig) -> Iterator[Any]:
+        """See `_Column.read`."""
+        with _opened(file, config) as opened:
+            num_groups = opened.num_row_groups
+        for group in range(num_groups):
+            self._parts.append((file, group))
+            yield _read(file, config, group)
+
+    def append(self, column: Any) -> None:  # noqa: ANN401 (a pyarrow chunked array)
+        """See `_Column.append`."""
+        self._ends.append(self._ends[-1] + len(column))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": (-1, None)}
+
+    def _part(self, place: int) -> Any:  # noqa: ANN401 (a pyarrow chunked array)
+        if self._open[0] != place:
+            self._open = (-1, None)
+            file, group = self._parts[place]
+            table = _read(file, self._config, group)
+            self._open = (place, _encoded(table.column(self._config.image_column), self._config.image_column))
+        return self._open[1]
+
+
 def _arrow() -> ModuleType:
     try:
         import pyarrow.compute
@@ -126,17 +209,27 @@ def _parquet_files(path: Path) -> list[Path]:
     return sorted(path.iterdir(), key=lambda file: file.name) if path.is_dir() else [path]
 
 
-def _read(file: Path, config: DataConfig) -> Any:  # noqa: ANN401 (a pyarrow table)
+def _read(file: Path, config: DataConfig, group: int | None = None) -> Any:  # noqa: ANN401 (a pyarrow table)
+    """The columns of images and labels, of one row group or of all."""
+    with _opened(file, config) as opened:
+        names = opened.schema_arrow.names
+        wanted = list(dict.fromkeys(name for name in (config.image_column, config.label_column) if name in names))
+        return opened.read(columns=wanted) if group is None else opened.read_row_group(group, columns=wanted)
+
+
+@contextmanager
+def _opened(file: Path, config: DataConfig) -> Iterator[Any]:
+    """The open file, which has a column of images; what goes wrong within is a `DataError`."""
     arrow = _arrow()
     try:
-        names = arrow.parquet.read_schema(file).names
-        if config.image_column not in names:
-            raise DataError(
-                f"{file} has no column {config.image_column!r}; its columns are {', '.join(names)}. "
-                f"Name the one with the images by --data.image-column."
-            )
-        wanted = dict.fromkeys(name for name in (config.image_column, config.label_column) if name in names)
-        return arrow.parquet.ParquetFile(file).read(columns=list(wanted))
+        with arrow.parquet.ParquetFile(file) as opened:
+            names = opened.schema_arrow.names
+            if config.image_column not in names:
+                raise DataError(
+                    f"{file} has no column {config.image_column!r}; its columns are {', '.join(names)}. "
+                    f"Name the one with the images by --data.image-column."
+                )
+            yield opened
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())}") from error
 

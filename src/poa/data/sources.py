@@ -10,28 +10,36 @@ from poa.config import DataConfig
 from poa.data.base import ImageSource, SkippedImage, printable
 from poa.data.digits import SPECS, DigitsSource
 from poa.data.folder import IMAGE_EXTENSIONS, FolderSource
-from poa.data.parquet import ParquetSource
+from poa.data.parquet import ParquetInOrder, ParquetSource
+from poa.data.tar import TarSource
 from poa.errors import DataError
 
 SOURCES: dict[str, type[ImageSource]] = {
     "digits": DigitsSource,
     "parquet": ParquetSource,
+    "tar": TarSource,
     "folder": FolderSource,
 }
 """Every kind of source, in the order in which they are asked whether they accept a spec."""
 
-_KINDS = f"a folder of images, a .parquet file (or a folder of them), or {', '.join(map(repr, SPECS))}"
+_KINDS = (
+    f"a folder of images, a .parquet or .tar file, a folder of either, a pattern like shards-{{0000..0009}}.tar, or "
+    f"{', '.join(map(repr, SPECS))}"
+)
 
 
-def open_source(spec: str, config: DataConfig, num_channels: int, *, require_labels: bool = False) -> ImageSource:
+def open_source(
+    spec: str, config: DataConfig, num_channels: int, *, require_labels: bool = False, in_order: bool = False
+) -> ImageSource:
     """The source that a spec names.
 
     Args:
-        spec: a folder of images, a .parquet file, a folder of .parquet files, "digits", "digits:train" or
-            "digits:test".
+        spec: a folder of images, a .parquet or .tar file, a folder of either, a pattern like `shards-{0000..0009}.tar`,
+            "digits", "digits:train" or "digits:test".
         config: columns, limits; its own `source` is not looked at.
         num_channels: channels of the images that `load` gives: 1, 3 or 4.
         require_labels: refuse a source without labels.
+        in_order: the images will be loaded in order; Parquet then keeps one row group in memory, not all.
 
     Raises:
         DataError: there is no such source, it is empty, lacks the labels required, or more than
@@ -42,13 +50,14 @@ def open_source(spec: str, config: DataConfig, num_channels: int, *, require_lab
     kind = next((kind for kind in SOURCES.values() if kind.accepts(spec)), None)
     if kind is None:
         raise DataError(f"{spec!r} is not a folder, nor a regular file that can be read. Give {_KINDS}.")
-    source = kind(spec, config, num_channels)
+    source = (ParquetInOrder if in_order and kind is ParquetSource else kind)(spec, config, num_channels)
     _refuse_empty(source)
     check_bad_share(source.skipped, len(source) + len(source.skipped), config.max_bad_share)
     if require_labels and source.labels is None:
         raise DataError(
             f"{spec!r} has no labels, and this needs them. In a folder, labels are the first-level folders: "
-            f"every image must lie in one of two or more (cat/1.jpg, dog/2.jpg). In Parquet, they are a "
+            f"every image must lie in one of two or more (cat/1.jpg, dog/2.jpg). In tar archives, they are .cls "
+            f"members with the images' keys (1.cls beside 1.jpg), or folders as before. In Parquet, they are a "
             f"column of integers from 0 without gaps in the rows, named by --data.label-column."
         )
     return source
@@ -102,9 +111,9 @@ def _refuse_unusable(spec: str) -> None:
         missing = not path.exists()
     except (OSError, ValueError) as error:
         raise DataError(f"{printable(spec)!r} cannot be a path: {error}. Give {_KINDS}.") from error
-    if missing:
+    if missing and not TarSource.accepts(spec):
         raise DataError(f"there is no {printable(spec)!r}{_nearest(path, spec)}. Give {_KINDS}.")
-    if not path.is_file() or ParquetSource.accepts(spec):
+    if not path.is_file() or ParquetSource.accepts(spec) or TarSource.accepts(spec):
         return
     if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
         raise DataError(f"{spec!r} is a single image. Give the folder that it lies in: {str(path.parent)!r}.")
@@ -128,7 +137,7 @@ def _refuse_empty(source: ImageSource) -> None:
         return
     unusable = "".join(f"\n  {name}: {reason}" for name, reason in source.skipped[:5])
     listed = f" {len(source.skipped)} were found that cannot be used:{unusable}" if unusable else ""
-    if isinstance(source, FolderSource):
+    if isinstance(source, FolderSource | TarSource):
         raise DataError(
             f"no images found in {source.spec!r}: {source.num_files_seen} files were seen, at any depth; "
             f"those ending in {', '.join(IMAGE_EXTENSIONS)} (upper or lower case) count.{listed}"

@@ -135,7 +135,7 @@ def extract_features(
     _check_networks(networks, plan)
     with ExitStack() as stack:
         run = _Run(networks, plan, num_blocks, source, positions, store)
-        with _death_of_workers_in_words():
+        with death_of_workers_in_words():
             run.compute(loading, stack, on_progress)
         good = positions[~np.isin(positions, [image for image, _ in run.skipped])]
         skipped = tuple(SkippedImage(source.image_name(index), reason) for index, reason in run.skipped)
@@ -354,7 +354,7 @@ class _Images(Dataset[list[_Item]]):
 
 
 @contextmanager
-def _death_of_workers_in_words() -> Iterator[None]:
+def death_of_workers_in_words() -> Iterator[None]:
     """Within, the end of a process that reads images is a `DataError`; it may interrupt whatever is under way."""
     try:
         yield

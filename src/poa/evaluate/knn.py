@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,7 +66,23 @@ def knn_accuracies(
     chunk: int = 8192,
     device: torch.device = CPU,
 ) -> dict[int, float]:
-    """The share of test rows that the vote of their k nearest training rows gets right, for each k.
+    """The share of test rows that `knn_hits` finds right, for each k; arguments and errors are its own."""
+    found = knn_hits(train, train_labels, test, test_labels, ks=ks, temp=temp, chunk=chunk, device=device)
+    return {k: int(right.sum()) / len(test) for k, right in found.items()}
+
+
+def knn_hits(
+    train: Float[Tensor, "N C"],
+    train_labels: Int[Tensor, "N"],
+    test: Float[Tensor, "M C"],
+    test_labels: Int[Tensor, "M"],
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    temp: float = 0.07,
+    chunk: int = 8192,
+    device: torch.device = CPU,
+) -> dict[int, Bool[Tensor, "M"]]:
+    """Which test rows the vote of their k nearest training rows gets right, for each k; on the CPU.
 
     Neighbours are those of largest cosine similarity s; each votes with weight exp(s / temp). Of classes with as many
     votes the first wins. At most chunk × chunk / 8 similarities exist at a time.
@@ -93,7 +109,7 @@ def knn_accuracies(
         left_out = ", ".join(str(k) for k in sorted(set(ks)) if k not in usable)
         warnings.warn(f"k = {left_out} left out: there are {len(train)} training images.", PoaWarning, stacklevel=2)
     num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    right = dict.fromkeys(usable, 0)
+    right: dict[int, list[Tensor]] = {k: [] for k in usable}
     for rows, truth in zip(test.split(chunk // 8), test_labels.split(chunk // 8), strict=True):
         similarity, labels = _nearest(rows.to(device), train, train_labels, usable[-1], chunk)
         weights = ((similarity.double() - similarity[:, :1]) / temp).exp()
@@ -101,8 +117,8 @@ def knn_accuracies(
         for k in usable:
             votes.scatter_add_(1, labels[:, counted:k], weights[:, counted:k])
             counted = k
-            right[k] += int((votes.argmax(dim=1) == truth).sum())
-    return {k: count / len(test) for k, count in right.items()}
+            right[k].append(votes.argmax(dim=1) == truth)
+    return {k: torch.cat(parts) for k, parts in right.items()}
 
 
 def _nearest(rows: Tensor, train: Tensor, labels: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
 
 from poa.config import DataConfig
-from poa.data import BadImage, open_source
+from poa.data import BadImage, open_source, parquet
 from poa.data.digits import NUM_TRAIN
 from poa.errors import ConfigError, DataError
 from tests.hostile_images import encoded, make_hostile_folder, picture, valid_files
@@ -217,3 +218,26 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.compute", None)
     with pytest.raises(DataError, match=r'pip install "poa\[parquet\]"'):
         open_source(str(tmp_path / "a.parquet"), LENIENT, 3)
+
+
+def test_parquet_read_in_order_is_the_same_source_with_one_row_group_in_memory(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [*(encoded(picture(10 + index), "PNG") + bytes(1000) for index in range(7)), None, b"no image"]
+    for number in range(2):
+        table = pa.table({"image": pa.array(cells, pa.binary()), "label": list(range(9))})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=4)
+    whole, ordered = (open_source(str(tmp_path), LENIENT, 3, in_order=in_order) for in_order in (False, True))
+    assert type(ordered) is not type(whole)
+    assert names_of(ordered) == names_of(whole)
+    assert ordered.skipped == whole.skipped
+    assert ordered.labels.tolist() == whole.labels.tolist()
+    assert ordered.fingerprint == whole.fingerprint
+    reads = []
+    monkeypatch.setattr(parquet, "_read", lambda *what, read=parquet._read: reads.append(what) or read(*what))
+    readable = [index for index in range(len(whole)) if not whole.image_name(index).endswith(":8")]
+    assert all(ordered.load(index).tobytes() == whole.load(index).tobytes() for index in readable)
+    assert [(file.name, group) for file, _, group in reads] == [(f"{n}.parquet", g) for n in (0, 1) for g in (0, 1)]
+    assert len(pickle.dumps(ordered)) < 2000
+    assert len(pickle.dumps(whole)) > 14_000

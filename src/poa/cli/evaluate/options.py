@@ -75,7 +75,7 @@ class ImageOptions:
     """Which images."""
 
     train: Annotated[str, tyro.conf.arg(aliases=("--data",))]
-    """Images to learn from: a folder with one folder for each class, a .parquet file, or digits:train."""
+    """Images to learn from: a folder with one folder for each class, .parquet or .tar files, or digits:train."""
     test: str | None = None
     """Images to test on; without them a fifth of every class of --train is held out, where a protocol needs them."""
     split_seed: int = 0

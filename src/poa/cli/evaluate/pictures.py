@@ -41,7 +41,7 @@ class ShownImages:
     """Which images."""
 
     images: str
-    """A folder of images, a .parquet file, or digits:test; labels, where it has them, colour the map."""
+    """A folder of images, .parquet or .tar files, or digits:test; labels, where it has them, colour the map."""
     reading: OmitArgPrefixes[ReadingOptions] = field(default_factory=ReadingOptions)
 
     def open(self, num_channels: int) -> ImageSource:

@@ -144,13 +144,14 @@ def _section(anchor: str, part: Section) -> str:
     size = f'width="{round(width * DOTS)}" height="{round(height * DOTS)}"'
     style = f"min-width:{round(width * NARROWEST)}px;max-width:{round(width * WIDEST)}px"
     name, alt = escape(part.heading), escape(f"{part.heading}. {part.text}", quote=True)
-    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(part.figure.dark)}">'
-    image = f'<picture>{dark}<img src="{_data(part.figure.light)}" {size} style="{style}" alt="{alt}"></picture>'
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{data_uri(part.figure.dark)}">'
+    image = f'<picture>{dark}<img src="{data_uri(part.figure.light)}" {size} style="{style}" alt="{alt}"></picture>'
     frame = f'<figure class="wide" tabindex="0" role="region" aria-label="{name}">\n{image}\n</figure>'
     return f'<section id="{anchor}">\n<h2>{name}</h2>\n<p>{escape(part.text)}</p>\n{frame}\n</section>'
 
 
-def _data(image: Image.Image) -> str:
+def data_uri(image: Image.Image, *, lossless: bool = False) -> str:
+    """The image as WebP inside a URI, for a page that needs no other file."""
     file = io.BytesIO()
-    image.save(file, "WEBP", quality=QUALITY)
+    image.save(file, "WEBP", quality=QUALITY, lossless=lossless)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
