@@ -14,9 +14,10 @@ from transformers.utils import logging
 from poa.cli.main import main
 from poa.config import SwinConfig, ViTConfig
 from poa.data.augment import eval_transform
-from poa.deploy import open_transformers_directory, save_transformers, transformers_model
+from poa.deploy.export.transformers import open_transformers_directory, save_transformers, transformers_model
 from poa.errors import CheckpointError, ConfigError, ExtractionError, SubnetError
 from poa.family import Family
+from poa.task_head import TaskHead
 from tests.contract.configs import SMALLEST
 from tests.golden.reference import relative_error
 from tests.unit.test_extraction import make_family
@@ -189,6 +190,60 @@ def test_written_models_open_where_poa_is_not_installed(family, wrapped, tmp_pat
         assert relative_error(found[name], source.features(images[name], source.space.smallest)) < 1e-5
 
 
+def with_head(family, *, multi_label=False):
+    width = family.supernet.layout.features.size
+    rng = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(3, width, generator=rng) / width**0.5, torch.randn(3, generator=rng)
+    return Family(family.card, family.supernet, TaskHead(weight, bias, ("ant", "bee", "cat"), multi_label))
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        ("plain", "Dinov2ForImageClassification"),
+        ("registers", "Dinov2WithRegistersForImageClassification"),
+        ("Swin", "SwinForImageClassification"),
+        ("ResNet", "TimmWrapperForImageClassification"),
+        ("rotary positions", "TimmWrapperForImageClassification"),
+    ],
+)
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_classifier_is_written_with_its_classes(case, kind, multi_label, tmp_path):
+    family = with_head(make_family(CASES[case][0]), multi_label=multi_label)
+    how, subnet = family.card.preprocessing, family.space.smallest
+    found = save_transformers(family, subnet, tmp_path / "net")
+    assert found.logits_relative_difference < 1e-5
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "net")
+    assert type(model).__name__ == kind
+    assert model.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+    expected_type = "multi_label_classification" if multi_label else "single_label_classification"
+    assert model.config.problem_type == expected_type
+    images = torch.randn(2, how.num_channels, how.image_size, how.image_size)
+    with torch.inference_mode():
+        assert relative_error(model(pixel_values=images).logits, family.logits(images, subnet)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["plain", "ResNet"])
+def test_a_wrong_classifier_is_refused_and_leaves_nothing_behind(case, tmp_path, monkeypatch):
+    family = with_head(make_family(CASES[case][0]))
+    honest = TaskHead.windows
+
+    def damaged(head, features, width):
+        found = honest(head, features, width)
+        return found | {"weight": replace(found["weight"], scale=1.01 * found["weight"].scale)}
+
+    expected = family.head.state(family.supernet.layout.features, family.space.smallest.width)
+    monkeypatch.setattr(
+        Family,
+        "logits",
+        lambda family, images, subnet: family.features(images, subnet) @ (expected["weight"].T) + expected["bias"],
+    )
+    monkeypatch.setattr(TaskHead, "windows", damaged)
+    with pytest.raises(ExtractionError, match="differs"):
+        save_transformers(family, family.space.smallest, tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_networks_without_a_class_in_transformers_give_none(wrapped):
     assert transformers_model(wrapped.extract(wrapped.space.smallest)) is None
     assert transformers_model(nn.Linear(2, 2)) is None
@@ -207,14 +262,14 @@ def test_the_translated_model_shares_no_memory_with_the_family(family):
 @pytest.mark.parametrize("kind", ["family", "wrapped"])
 def test_a_damaged_model_is_refused_and_leaves_nothing_behind(kind, request, tmp_path, monkeypatch):
     source = request.getfixturevalue(kind)
-    honest = source.supernet.timm_state
+    honest = source.supernet.timm_windows
 
     def damaged(subnet, image_size):
-        state = honest(subnet, image_size)
-        name = next(name for name in state if name.endswith("norm.weight"))
-        return state | {name: state[name] * 1.01}
+        found = honest(subnet, image_size)
+        name = next(name for name in found if name.endswith("norm.weight"))
+        return found | {name: replace(found[name], scale=1.01 * found[name].scale)}
 
-    monkeypatch.setattr(source.supernet, "timm_state", damaged)
+    monkeypatch.setattr(source.supernet, "timm_windows", damaged)
     with pytest.raises(ExtractionError, match="differs"):
         save_transformers(source, source.space.smallest, tmp_path / "net")
     assert list(tmp_path.iterdir()) == []

@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     found: Verification = save(subnet, command.out, image_size=command.image_size, overwrite=command.overwrite)
     logits = found.logits_relative_difference
     print(f"{subnet}: {family.card.num_params(subnet):,} parameters, written to {command.out}")
-    if family.head is not None and command.format == "timm":
+    if family.head is not None:
         print(f"It classifies {family.head.num_classes} classes: {_listed(family.head.class_names)}")
     print(
         f"Compared with the family on {found.num_probe_images} probe images: relative difference "
@@ -63,10 +63,14 @@ def run(arguments: Sequence[str]) -> int:
     )
     opener = {
         "timm": f'timm.create_model("local-dir:{command.out}", pretrained=True)',
-        "transformers": f'transformers.AutoModel.from_pretrained("{command.out}")',
+        "transformers": f'transformers.{_auto_class(family)}.from_pretrained("{command.out}")',
     }
     print(f"Open it with: {opener[command.format]}")
     return 0
+
+
+def _auto_class(family: Family) -> str:
+    return "AutoModel" if family.head is None else "AutoModelForImageClassification"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -74,6 +78,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _transformers_writer(family: Family) -> Callable[..., Verification]:
-    from poa.deploy import save_transformers
+    from poa.deploy.export.transformers import save_transformers
 
     return partial(save_transformers, family)

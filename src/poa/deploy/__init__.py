@@ -1,5 +1,1 @@
-"""Extracted networks in the formats of other libraries."""
-
-from poa.deploy.transformers import open_transformers_directory, save_transformers, transformers_model
-
-__all__ = ["open_transformers_directory", "save_transformers", "transformers_model"]
+"""Choosing a sub-network and bringing it to where it runs."""

@@ -3,7 +3,9 @@
 A ViT with learned positions becomes a `Dinov2Model` (with registers a `Dinov2WithRegistersModel`), a Swin a
 `SwinModel`. What transformers has no class for stays in timm's format, which transformers opens through its timm
 wrapper: a rotary position embedding, a hidden size of the MLP that no whole ratio gives, a Swin of which a stage has
-another window than the others, ResNet and ConvNeXt. Needs the extra `poa[transformers]`.
+another window than the others, ResNet and ConvNeXt. Where the family has a classifier, so has the written model: a
+`Dinov2ForImageClassification`, `SwinForImageClassification` or `TimmWrapperForImageClassification`. Needs the extra
+`poa[transformers]`.
 
 Parameters are handed over under the names of the checkpoints on the Hub, which every version of transformers reads;
 the names inside its modules change between versions.
@@ -11,8 +13,10 @@ the names inside its modules change between versions.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +26,18 @@ from torch import Tensor, nn
 
 from poa.backbones.base import Features
 from poa.backbones.hierarchical import HierarchicalBackbone
+from poa.deploy.export.graph import quiet
 from poa.elastic import Subnet
 from poa.errors import ConfigError
 from poa.family import Family, Preprocessing, Verification
 from poa.files import replace_directory, write_json
+from poa.task_head import TaskHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+CLASSIFIER = "ForImageClassification"
+"""The end of the names of transformers' classes with a classifier."""
 
 _DINOV2_NAMES = {
     "norm1": "norm1",
@@ -59,6 +68,7 @@ def save_transformers(
 ) -> Verification:
     """Writes a directory that `transformers.AutoModel.from_pretrained(DIRECTORY)` opens without poa.
 
+    Where the family has a classifier, so has the written model: open it with `AutoModelForImageClassification`.
     `transformers.AutoImageProcessor.from_pretrained(DIRECTORY)` prepares images for it. The written model is opened
     with transformers again and compared with the sub-network on a probe batch; the difference is recorded in
     `poa.json` beside it.
@@ -71,56 +81,70 @@ def save_transformers(
         overwrite: replace the directory if it is there.
 
     Raises:
-        ConfigError: transformers is not installed, no network can be cut for that image size, or the family has a
-            classifier, which only timm's format keeps.
+        ConfigError: transformers is not installed, or no network can be cut for that image size.
         SubnetError: the family has no such sub-network.
         CheckpointError: the directory holds something and `overwrite` is False.
         ExtractionError: the written model differs by more than `poa.family.TOLERANCE`; nothing is left behind.
     """
     _require_transformers()
-    if family.head is not None:
-        raise ConfigError(
-            "this family has a classifier, and only timm's format keeps it: leave --format out. transformers opens "
-            "that directory too, through its timm wrapper."
-        )
     member = family.space.parse(subnet)
     size = family.checked_image_size(image_size)
     with replace_directory(Path(directory), overwrite=overwrite) as scratch:
-        model = transformers_model(family.extract(member, size))
-        if model is None:
-            family.write_timm(member, scratch, size)
-        else:
-            with _quiet():
-                model.save_pretrained(scratch)
-            write_json(scratch / "preprocessor_config.json", _preprocessor(family.card.preprocessing, size))
+        write_transformers(family, member, scratch, size)
         opened = open_transformers_directory(scratch)
-        found = family.verify(member, lambda images: _features(family, opened, images), size)
+        classify = None if family.head is None else lambda images: opened(pixel_values=images).logits
+        found = family.verify(member, lambda images: _features(family, opened, images), size, classify=classify)
         write_json(scratch / "poa.json", family.record(member, size, found))
     return found
+
+
+def write_transformers(family: Family, member: Subnet, directory: Path, image_size: int) -> None:
+    """Writes the model and its image processor into a directory that is there, without a look at what was written."""
+    _require_transformers()
+    head = _head_of(family, member)
+    with quiet_transformers():
+        model = transformers_model(family.extract(member, image_size), head)
+        if model is not None:
+            model.save_pretrained(directory)
+    if model is not None:
+        write_json(directory / "preprocessor_config.json", _preprocessor(family.card.preprocessing, image_size))
+        return
+    family.write_timm(member, directory, image_size)
+    if head is not None:
+        file = directory / "config.json"
+        write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"problem_type": _problem_type(head)})
 
 
 def open_transformers_directory(directory: str | Path) -> PreTrainedModel:
     """The model in a directory that `save_transformers` or `Family.save_subnet` wrote, in evaluation mode.
 
+    It is opened by `AutoModelForImageClassification` where it has a classifier, else by `AutoModel`.
+
     Raises:
         ConfigError: transformers is not installed.
     """
     _require_transformers()
-    from transformers import AutoModel
+    described = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    names = described.get("architectures") or ()
+    classifies = bool(described.get("num_classes")) or any(name.endswith(CLASSIFIER) for name in names)
+    with quiet_transformers():
+        from transformers import AutoModel, AutoModelForImageClassification
 
-    with _quiet():
-        model: PreTrainedModel = AutoModel.from_pretrained(str(directory))
+        kind = AutoModelForImageClassification if classifies else AutoModel
+        model: PreTrainedModel = kind.from_pretrained(str(directory))
     return model.eval()
 
 
-def transformers_model(model: nn.Module) -> PreTrainedModel | None:
+def transformers_model(model: nn.Module, head: TaskHead | None = None) -> PreTrainedModel | None:
     """An extracted network as a model of transformers that computes the same, in evaluation mode.
 
     Args:
         model: what `Family.extract` gives.
+        head: the classifier on its class vectors, if it shall have one: a model for image classification.
 
     Returns:
-        A `Dinov2Model`, `Dinov2WithRegistersModel` or `SwinModel`; None where transformers has no class for it.
+        A `Dinov2Model`, `Dinov2WithRegistersModel` or `SwinModel`, or their `ForImageClassification`; None where
+        transformers has no class for it.
 
     Raises:
         ConfigError: transformers is not installed.
@@ -131,9 +155,9 @@ def transformers_model(model: nn.Module) -> PreTrainedModel | None:
 
     if isinstance(model, VisionTransformer):
         mlp = _dinov2_mlp(model.blocks[0].mlp)
-        return None if mlp is None else _dinov2(model, mlp)
+        return None if mlp is None else _dinov2(model, mlp, head)
     if isinstance(model, SwinTransformer) and _is_swin(model):
-        return _swin(model)
+        return _swin(model, head)
     return None
 
 
@@ -156,8 +180,12 @@ def _is_swin(model: Any) -> bool:  # noqa: ANN401 (timm's classes are untyped)
     )
 
 
-def _dinov2(model: Any, mlp: dict[str, Any]) -> PreTrainedModel:  # noqa: ANN401 (timm's classes are untyped)
-    from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+def _dinov2(
+    model: Any,  # noqa: ANN401 (timm's classes are untyped)
+    mlp: dict[str, Any],
+    head: TaskHead | None,
+) -> PreTrainedModel:
+    from transformers import Dinov2Config, Dinov2WithRegistersConfig
 
     first = model.blocks[0]
     settings: dict[str, Any] = {
@@ -173,10 +201,13 @@ def _dinov2(model: Any, mlp: dict[str, Any]) -> PreTrainedModel:  # noqa: ANN401
     }
     names = _DINOV2_NAMES | (_SWIGLU_NAMES if mlp["use_swiglu_ffn"] else {})
     state = dict(_dinov2_state(model.state_dict(), model, names))
+    if head is not None:
+        # Its classifier reads the class vector and the mean patch vector; ours reads the class vector.
+        head = replace(head, weight=torch.cat([head.weight, torch.zeros_like(head.weight)], dim=1))
     if not model.num_reg_tokens:
-        return _loaded(Dinov2Model, Dinov2Config(**settings), state)
+        return _loaded("Dinov2", Dinov2Config(**settings), state, head)
     config = Dinov2WithRegistersConfig(**settings, num_register_tokens=model.num_reg_tokens)
-    return _loaded(Dinov2WithRegistersModel, config, state)
+    return _loaded("Dinov2WithRegisters", config, state, head)
 
 
 def _dinov2_state(
@@ -207,8 +238,8 @@ def _dinov2_state(
             yield f"{target}.layer_scale{branch}.lambda1", torch.ones(model.embed_dim) if scale is None else scale
 
 
-def _swin(model: Any) -> PreTrainedModel:  # noqa: ANN401 (timm's classes are untyped)
-    from transformers import SwinConfig, SwinModel
+def _swin(model: Any, head: TaskHead | None) -> PreTrainedModel:  # noqa: ANN401 (timm's classes are untyped)
+    from transformers import SwinConfig
 
     first = model.layers[0].blocks[0]
     config = SwinConfig(
@@ -223,7 +254,7 @@ def _swin(model: Any) -> PreTrainedModel:  # noqa: ANN401 (timm's classes are un
         layer_norm_eps=model.norm.eps,
         drop_path_rate=0.0,
     )
-    return _loaded(SwinModel, config, dict(_swin_state(model.state_dict(), config.depths)))
+    return _loaded("Swin", config, dict(_swin_state(model.state_dict(), config.depths)), head)
 
 
 def _swin_state(ours: Mapping[str, Tensor], depths: list[int]) -> Iterator[tuple[str, Tensor]]:
@@ -261,20 +292,44 @@ def _block(
 
 
 def _loaded(
-    kind: type[PreTrainedModel],
+    name: str,
     config: Any,  # noqa: ANN401 (transformers is imported where it is used)
     state: dict[str, Tensor],
+    head: TaskHead | None,
 ) -> PreTrainedModel:
-    with _quiet():
+    """The model of that family of classes: `SwinModel`, or `SwinForImageClassification` with a classifier."""
+    import transformers
+
+    kind = getattr(transformers, f"{name}Model" if head is None else f"{name}{CLASSIFIER}")
+    if head is not None:
+        state = {f"{kind.base_model_prefix}.{key}": part for key, part in state.items()}
+        state |= {"classifier.weight": head.weight, "classifier.bias": head.bias}
+        config.id2label = dict(enumerate(head.class_names))
+        config.label2id = {name: index for index, name in config.id2label.items()}
+        config.problem_type = _problem_type(head)
+    with quiet_transformers():
         model: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=state)
     return model.eval()
 
 
+def _head_of(family: Family, member: Subnet) -> TaskHead | None:
+    """The classifier cut for that sub-network, if the family has one."""
+    if family.head is None:
+        return None
+    state = family.head.state(family.supernet.layout.features, member.width)
+    return replace(family.head, weight=state["weight"], bias=state["bias"])
+
+
+def _problem_type(head: TaskHead) -> str:
+    return "multi_label_classification" if head.multi_label else "single_label_classification"
+
+
 def _features(family: Family, model: PreTrainedModel, images: Tensor) -> Features:
-    """What the opened model gives, its class vectors as `pooler_output` has them."""
-    out = model(pixel_values=images)
+    """What the opened model gives, its class vectors as `pooler_output` has them, or as its classifier gets them."""
     if model.config.model_type == "timm_wrapper":
-        return Features(out.pooler_output, family.supernet.timm_features(model.timm_model, images).patches)
+        found = family.supernet.timm_features(model.timm_model, images)
+        return found if family.head is not None else found._replace(cls=model(pixel_values=images).pooler_output)
+    out = model.base_model(pixel_values=images)
     if isinstance(family.supernet, HierarchicalBackbone):
         return family.supernet.token_features(out.pooler_output, out.last_hidden_state)
     num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
@@ -300,15 +355,17 @@ def _preprocessor(how: Preprocessing, image_size: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without progress bars and log lines of transformers; both are as before afterwards."""
-    from transformers.utils import logging
+def quiet_transformers() -> Iterator[None]:
+    """Without progress bars and log lines of transformers and what it imports; both are as before afterwards."""
+    with quiet():
+        from transformers.utils import logging
 
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with quiet():
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if has_bars:
