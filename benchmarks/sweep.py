@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import describe_machine
+from machine import AnonymousMemory, describe_machine
 
 import poa.evaluate.features as features_module
 from poa.config import DataConfig
@@ -89,29 +88,6 @@ def overhead(networks: list[Candidate], source: ImageSource, batch_size: int, re
     return {"num_images": len(source), "num_networks": len(networks), "ratio": spread, "rounds": rounds}
 
 
-class _AnonymousMemory:
-    """The largest anonymous memory of this process while it is watched, in MiB. Linux only."""
-
-    def __init__(self) -> None:
-        self.peak = 0.0
-        self._stop = threading.Event()
-
-    def __enter__(self) -> _AnonymousMemory:
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            status = Path("/proc/self/status").read_text(encoding="utf-8")
-            line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-            self.peak = max(self.peak, int(line.split()[1]) / 1024)
-
-
 def whole_sweep(arguments: argparse.Namespace, share: float) -> dict[str, float]:
     """One sweep with k-NN and linear probes on a share of the training images: seconds and peak memory."""
     features_module.MEMORY_BUDGET = 0
@@ -122,7 +98,7 @@ def whole_sweep(arguments: argparse.Namespace, share: float) -> dict[str, float]
     data = split(train, test, protocols)
     chosen = np.arange(int(share * len(train)))
     data = type(data)(train, test, chosen, data.test_indices)
-    with tempfile.TemporaryDirectory() as folder, _AnonymousMemory() as memory:
+    with tempfile.TemporaryDirectory() as folder, AnonymousMemory() as memory:
         start = time.perf_counter()
         sweep(protocols, networks, data, Path(folder), loading=Loading(batch_size=arguments.batch_size))
         seconds = time.perf_counter() - start
