@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow test-browser browser docs lint format bench clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,16 @@ test: $(READY) ## Run the test suite (without the slow tests).
 test-slow: $(READY) ## Run the slow tests only.
 	$(PYTEST) -m slow
 
+test-browser: $(READY) ## Run the tests of the report's page in Chromium (`make browser` installs it on Debian).
+	POA_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m "slow or not slow" tests/integration/test_report_browser.py
+
+browser: ## Install Chromium and its driver, where they are not, with Debian's package manager (as root).
+	{ command -v chromium && command -v chromedriver; } >/dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver; }
+
+docs: $(READY) ## Build the documentation into site/; a broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(READY) ## Check style, types, imports and budgets.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,4 +54,4 @@ bench: $(READY) ## Measure one training step against a matrix product on this ma
 	$(BIN)/python benchmarks/step.py
 
 clean: ## Remove the environment and all caches.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache poa-demo
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache poa-demo site
