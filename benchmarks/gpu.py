@@ -32,6 +32,7 @@ def main() -> int:
         everything,
         "tests/integration/test_devices.py",
         "tests/integration/test_evaluate_devices.py",
+        "tests/integration/test_profile_cli.py",
         "tests/golden",
     ]
     with (out / "tests.log").open("w", encoding="utf-8") as log:

@@ -143,6 +143,7 @@ def main() -> int:
         show(rows[-1])
         if arguments.json:
             value = {
+                "command": "python benchmarks/int8.py FAMILY TRAIN TEST",
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "machine": {**describe_machine(), **versions(), "threads": 1},
                 **described,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -70,6 +71,10 @@ def replace_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _sync_tree(scratch)
         scratch.chmod(0o755)
         _swap(scratch, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(f"cannot write {path}: {error.strerror}. Nothing of it is left behind.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

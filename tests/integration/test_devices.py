@@ -16,6 +16,7 @@ from poa.train.step import train_step
 from tests.contract.configs import SMALLEST
 from tests.devices import needs_cuda
 from tests.golden.reference import relative_error
+from tests.unit.test_extraction import make_family
 
 TINY = {
     "model": {"widths": [32, 48, 64], "depths": [2, 3], "head_dim": 16, "drop_path": 0.2},
@@ -112,3 +113,17 @@ def test_cuda_in_float32_trains_as_the_cpu(name):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_cuda_in_bfloat16_with_compiled_blocks_stays_near_the_cpu(name):
     assert_alike(steps(4, MODELS[name], device="cuda"), steps(4, MODELS[name], device="cpu"), 2e-2, 5e-2)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_views_on_cuda_compute_what_they_do_on_the_cpu(name):
+    values = merged(merged(to_dict(load_recipe("digits")), TINY), {"model": MODELS[name]})
+    family = make_family(from_dict(PretrainConfig, values, "test").model)
+    how = family.card.preprocessing
+    images = torch.randn(2, how.num_channels, how.image_size, how.image_size)
+    with torch.inference_mode():
+        expected = [family.backbone(subnet)(images) for subnet in family.subnets]
+        family.to("cuda")
+        found = [family.backbone(subnet)(images.to("cuda")).cpu() for subnet in family.subnets]
+    assert all(relative_error(ours, theirs) < 1e-4 for ours, theirs in zip(found, expected, strict=True))

@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
 
 from poa.backbones import architecture
 from poa.cli.main import main
@@ -84,11 +85,15 @@ def test_a_family_is_fine_tuned_and_any_size_cut_with_its_classifier(run, images
     assert "classifies 2 classes: bright, dark" in flat(capsys)
     model = timm.create_model(f"local-dir:{tmp_path}/net", pretrained=True).eval()
     images_of = [np.asarray(Image.open(images / name / "3.png"))[None] / 255.0 for name in ("bright", "dark")]
+    normalised = (torch.tensor(np.stack(images_of), dtype=torch.float32) - 0.5) / 0.5
     with torch.inference_mode():
-        found = model((torch.tensor(np.stack(images_of), dtype=torch.float32) - 0.5) / 0.5)
+        found = model(normalised)
     assert found.argmax(dim=1).tolist() == [0, 1]
-    assert command("extract", tmp_path / "out", "w16-d2", "--out", tmp_path / "other", "--format", "transformers") == 1
-    assert "only timm's format" in flat(capsys)
+    assert command("extract", tmp_path / "out", "w16-d2", "--out", tmp_path / "other", "--format", "transformers") == 0
+    assert "AutoModelForImageClassification" in flat(capsys)
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path / "other").eval()
+    with torch.inference_mode():
+        assert torch.allclose(opened(pixel_values=normalised).logits, found, rtol=1e-5, atol=1e-5)
 
 
 def test_images_of_several_classes_are_told_by_a_table(run, images, tmp_path, capsys):

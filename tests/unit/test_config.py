@@ -195,7 +195,11 @@ def test_losses_cannot_all_be_off():
             r"augment\.local_size must be a multiple of model\.patch_size 16, .* 96; got 90",
         ),
         ({"augment": {"local_size": 3}}, r"for example 16; got 3"),
-        ({"model": {"position": "rope", "norm_eps": 1e-4}}, r"model\.norm_eps must be 1e-06 or 1e-05; got 0\.0001"),
+        (
+            {"model": {"position": "rope", "norm_eps": 1e-4}},
+            r"model\.norm_eps must be 1e-06 or, with model\.init_values, 1e-05; got 0\.0001",
+        ),
+        ({"model": {"position": "rope", "norm_eps": 1e-5, "init_values": None}}, r"model\.norm_eps must be 1e-06"),
         ({"model": {"position": "rope", "no_embed_class": True}}, r"model\.no_embed_class must be False with .* rope"),
         (
             {"model": {"position": "rope", "widths": [12, 18], "head_dim": 6}},

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -258,3 +259,9 @@ def test_checkpoint_of_another_configuration_is_refused_with_names():
     other, other_optimizer = make_model(0, heads=(8, 12))
     with pytest.raises(CheckpointError, match=r"(?s)does not fit this configuration.*heads\.1"):
         unpack_state_(pack_state(model, optimizer), other, other_optimizer)
+
+
+def test_full_disk_is_said_and_nothing_is_left_behind(tmp_path):
+    with pytest.raises(CheckpointError, match=r"No space left on device\. Nothing of it"):
+        begin_and_raise(tmp_path / "net", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert not any(tmp_path.iterdir())

@@ -18,6 +18,15 @@ MODERN = {
         widths=(16, 32), depths=(1, 2), head_dim=8, patch_size=4, image_size=16, position="rope", num_reg_tokens=1
     ),
     "gated": ViTConfig(widths=(16, 32), depths=(1, 2), head_dim=8, patch_size=4, image_size=16, mlp="swiglu_packed"),
+    "gated without scales": ViTConfig(
+        widths=(16, 32),
+        depths=(1, 2),
+        head_dim=8,
+        patch_size=4,
+        image_size=16,
+        mlp="swiglu_packed",
+        init_values=None,
+    ),
     "rotary and gated": ViTConfig(
         widths=(16, 32), depths=(1, 2), head_dim=8, patch_size=4, image_size=16, position="rope", mlp="swiglu"
     ),

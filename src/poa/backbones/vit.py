@@ -270,7 +270,8 @@ class ElasticViT(Backbone):
         arguments |= {"reg_tokens": config.num_reg_tokens, "no_embed_class": config.no_embed_class}
         if config.mlp == "gelu":
             return TimmModel("vit_tiny_patch16_224", arguments, described, "token")
-        arguments["mlp_ratio"] = mlp_ratio_of(2 * hidden, subnet.width)
+        # timm passes over arguments that are None, and this stock model has LayerScale; with 0 it has none.
+        arguments |= {"mlp_ratio": mlp_ratio_of(2 * hidden, subnet.width), "init_values": config.init_values or 0.0}
         return TimmModel("vit_giant_patch14_dinov2", arguments, described, "token")
 
     def _eva_arguments(self) -> dict[str, Any]:

@@ -98,7 +98,13 @@ class ViTConfig:
         if self.position == "rope":
             require(self.head_dim % 4 == 0, "model.head_dim", self.head_dim, "a multiple of 4 with position rope")
             require(not self.no_embed_class, "model.no_embed_class", self.no_embed_class, "False with position rope")
-            require(self.norm_eps in (1e-6, 1e-5), "model.norm_eps", self.norm_eps, "1e-06 or 1e-05")
+            epsilons = (1e-6, 1e-5) if self.init_values is not None else (1e-6,)
+            require(
+                self.norm_eps in epsilons,
+                "model.norm_eps",
+                self.norm_eps,
+                "1e-06 or, with model.init_values, 1e-05",
+            )
         else:
             require(self.mlp != "swiglu", "model.mlp", self.mlp, "gelu or swiglu_packed with learned positions")
             require(self.norm_eps == 1e-6, "model.norm_eps", self.norm_eps, "1e-06 with learned positions")
