@@ -47,6 +47,8 @@ def run(arguments: Sequence[str]) -> int:
     console.print(f"\n{title}", highlight=False, soft_wrap=True)
     console.print(_table(found))
     console.print(f"The picture: {found.picture}")
+    page = command.out / "report.html"
+    console.print(f"On one page: poa report {command.out / 'run'} --out {page}", highlight=False, soft_wrap=True)
     return 0
 
 
