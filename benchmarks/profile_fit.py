@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from machine import describe_machine
+from speed import fresh_family
 
-from poa.backbones import architecture
 from poa.config import load_recipe
 from poa.deploy.profile import ProfileRow
 from poa.deploy.profile.fit import predicted_rows
@@ -32,17 +31,12 @@ from poa.deploy.profile.kit.timing import Timing
 from poa.deploy.profile.plan import design
 from poa.deploy.profile.run import ProfileOptions, profile_family
 from poa.elastic import Subnet
-from poa.family import Family, FamilyCard, load
-from poa.train.monitor import preprocessing_of
+from poa.family import Family, load
 
 
-def fresh_family(recipe: str, directory: Path) -> Family:
-    """A family of the recipe's space with fresh weights."""
-    config = load_recipe(recipe)
-    kind = architecture(config.model)
-    backbone = kind.build(config.model)
-    backbone.init_weights_(torch.Generator().manual_seed(0))
-    Family(FamilyCard(kind, config.model, preprocessing_of(config)), backbone).save(directory)
+def saved_family(recipe: str, directory: Path) -> Family:
+    """A family of the recipe's space with fresh weights, on disk, where each network's process finds it."""
+    fresh_family(load_recipe(recipe).model).save(directory)
     return load(directory)
 
 
@@ -104,7 +98,7 @@ def main() -> int:
         ),
     )
     with tempfile.TemporaryDirectory() as scratch:
-        family = fresh_family(arguments.recipe, Path(scratch, "family"))
+        family = saved_family(arguments.recipe, Path(scratch, "family"))
         table = arguments.table or Path(scratch, "profile.csv")
         rows = profile_family(
             family, ProfileOptions(**{**vars(options), "num_measured": len(family.subnets)}), table

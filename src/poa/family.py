@@ -223,15 +223,17 @@ class Family:
 
     def write_timm(self, member: Subnet, directory: Path, image_size: int) -> None:
         """Writes `model.safetensors` and timm's `config.json` of a sub-network into a directory that is there."""
-        config = self.timm_config(member, image_size)
+        write_safetensors(self.timm_parts(member, image_size), directory / "model.safetensors")
+        write_json(directory / "config.json", self.timm_config(member, image_size))
+
+    def timm_parts(self, member: Subnet, image_size: int) -> dict[str, Part]:
+        """The tensors of an extracted network by timm's names, the classifier's included; none is made yet."""
         found = self.supernet.timm_windows(member, image_size)
         if self.head is not None:
-            part = config["pretrained_cfg"]["classifier"]
+            part = self.supernet.timm_model(member, image_size).pretrained_cfg["classifier"]
             head = self.head.windows(self.supernet.layout.features, member.width)
             found |= {f"{part}.{name}": window for name, window in head.items()}
-        parts = {name: Part(window.shape, window.view.dtype, window.part) for name, window in found.items()}
-        write_safetensors(parts, directory / "model.safetensors")
-        write_json(directory / "config.json", config)
+        return {name: Part(window.shape, window.view.dtype, window.part) for name, window in found.items()}
 
     def record(self, member: Subnet, image_size: int, found: Verification) -> dict[str, Any]:
         """What is written beside an extracted network: where it came from, its size, and that it is exact."""

@@ -42,7 +42,7 @@ def write_safetensors(parts: Mapping[str, Part], path: Path) -> None:
     The format (https://huggingface.co/docs/safetensors): the header's length in 8 bytes, little-endian; the header, a
     JSON object, padded with spaces to a multiple of 8; the tensors, the larger types first, then by name.
     """
-    ordered = dict(sorted(parts.items(), key=lambda item: (-item[1].dtype.itemsize, _code(item[1].dtype), item[0])))
+    ordered = _ordered(parts)
     waiting: deque[Future[int]] = deque()
     with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as writer:
         file.write(_header(ordered))
@@ -52,6 +52,16 @@ def write_safetensors(parts: Mapping[str, Part], path: Path) -> None:
                 waiting.popleft().result()
         for written in waiting:
             written.result()
+
+
+def num_bytes(parts: Mapping[str, Part]) -> int:
+    """Bytes of the file that `write_safetensors` would write; no tensor is made."""
+    sizes = (math.prod(part.shape) * part.dtype.itemsize for part in parts.values())
+    return len(_header(_ordered(parts))) + sum(sizes)
+
+
+def _ordered(parts: Mapping[str, Part]) -> dict[str, Part]:
+    return dict(sorted(parts.items(), key=lambda item: (-item[1].dtype.itemsize, _code(item[1].dtype), item[0])))
 
 
 def _header(parts: Mapping[str, Part]) -> bytes:

@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from poa.deploy.export.base import Exported, Inference
 from poa.deploy.export.graph import GraphExporter, normalised, quiet
 from poa.deploy.export.torch_export import traced
+from poa.deploy.profile.kit.script import open_onnx
 from poa.errors import ConfigError
 
 OPSET = 18
 """Version of ONNX's operators; ONNX Runtime 1.14 (2023) and newer read it."""
 MAX_BYTES = 2_000_000_000
 """Of weights in one file: a protocol buffer holds less than 2 GiB."""
-ERRORS_ONLY = 3
-"""ONNX Runtime's `log_severity_level`."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +70,3 @@ class Onnx(GraphExporter):
     def open(self, directory: Path, num_threads: int | None = None) -> Inference:
         """See `Exporter.open`."""
         return normalised(directory, open_onnx(directory / self.weights_file, num_threads))
-
-
-def open_onnx(path: Path, num_threads: int | None = None) -> Inference:
-    """An ONNX file with one input and one output, run by ONNX Runtime on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
-    if num_threads is not None:
-        options.intra_op_num_threads = num_threads
-        options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    (entry,) = session.get_inputs()
-
-    def run(images: np.ndarray) -> np.ndarray:
-        found: np.ndarray = session.run(None, {entry.name: images})[0]
-        return found
-
-    return run
