@@ -33,8 +33,8 @@ from poa.family import Family, load
 from poa.models import family_members
 from poa.runtime import resolve_runtime
 from poa.train import ConsoleReporter, pretrain
-from poa.train.loop import build_trainer
 from poa.train.metrics import read_metrics
+from poa.train.setup import build_trainer
 from poa.version import __version__
 
 RECIPES = {"cifar-swin": 5.0, "cifar-resnet": 3.0}

@@ -37,7 +37,7 @@ from poa.pretrained import channel_orders
 from poa.pretrained.start import sample_images
 from poa.runtime import resolve_runtime
 from poa.train import pretrain
-from poa.train.loop import build_trainer
+from poa.train.setup import build_trainer
 
 WIDTHS = (16, 32, 48, 64, 80)
 DEPTHS = (2, 3, 4)

@@ -20,6 +20,7 @@ import resource
 import statistics
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from poa.data import Batch, batch_masks
 from poa.elastic import SearchSpace, Subnet
 from poa.randomness import generator
 from poa.runtime import resolve_runtime
-from poa.train.loop import build_trainer
+from poa.train.setup import build_trainer
 from poa.train.step import Trainer, train_step
 
 OVERRIDES = {
@@ -57,13 +58,13 @@ class FixedDraw(SearchSpace):
 
 def make_trainer(arguments: argparse.Namespace) -> Trainer:
     values = merged(to_dict(load_recipe(arguments.recipe)), OVERRIDES)
-    values = merged(values, {"runtime": {"device": arguments.device, "compile": arguments.compile}})
+    runtime = {"checkpoint_activations": arguments.checkpoint_activations}
+    values = merged(values, {"runtime": {"device": arguments.device, "compile": arguments.compile, **runtime}})
     config = from_dict(PretrainConfig, values, "benchmark")
     trainer = build_trainer(config, 100, resolve_runtime(config.runtime))
-    backbone = trainer.model.student.backbone
-    space = backbone.space
-    backbone.space = FixedDraw(space.widths, space.depths, space.width_emphasis, space.depth_emphasis)
-    return trainer
+    space = trainer.draws.space
+    fixed = FixedDraw(space.widths, space.depths, space.width_emphasis, space.depth_emphasis)
+    return replace(trainer, draws=replace(trainer.draws, space=fixed))
 
 
 def make_batch(config: PretrainConfig, step: int) -> Batch:
@@ -151,6 +152,9 @@ def main() -> int:
     parser.add_argument("--products", type=int, default=20, help="matrix products timed before each step")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument(
+        "--checkpoint-activations", action="store_true", help="recompute the blocks in the backward pass"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     found = measure(arguments)

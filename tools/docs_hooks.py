@@ -104,14 +104,16 @@ def fenced(text: str, language: str) -> str:
 
 def command_line() -> str:
     """The page with every command's help."""
+    from poa.cli.data import COMMANDS as DATA
     from poa.cli.evaluate import COMMANDS as TABLES
     from poa.cli.evaluate import PROTOCOLS
     from poa.cli.main import COMMANDS
 
-    named = {f"evaluate {name}": text for name, text in (PROTOCOLS | TABLES).items()}
+    groups = {"data": DATA, "evaluate": PROTOCOLS | TABLES}
     commands: dict[str, str] = {}
     for name, text in COMMANDS.items():
-        commands |= named if name == "evaluate" else {name: text}
+        named = {f"{name} {part}": words for part, words in groups.get(name, {}).items()}
+        commands |= named or {name: text}
     sections = "\n".join(f"## poa {name}\n\n{fenced(help_of(name), 'text')}\n" for name in commands)
     table = "\n".join(f"| [`poa {name}`](#poa-{name.replace(' ', '-')}) | {text} |" for name, text in commands.items())
     return f"# Command line\n\n| command | what it does |\n| --- | --- |\n{table}\n\n{sections}"

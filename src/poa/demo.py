@@ -13,14 +13,15 @@ from poa.config import load_recipe
 from poa.data import ImageSource, open_source
 from poa.evaluate import Knn, Result, evaluate, knn_accuracies, split
 from poa.evaluate.plots import draw_curves, draw_front
-from poa.family import Family, FamilyCard, Verification, load, open_timm_directory
+from poa.family import Family, FamilyCard, Verification, load
 from poa.figures import new_figure, save_figure
 from poa.files import write_json
 from poa.models import family_members
 from poa.runtime import resolve_runtime
+from poa.timm_directory import open_timm_directory
 from poa.train import Reporter, pretrain
-from poa.train.loop import build_trainer
 from poa.train.metrics import read_metrics
+from poa.train.setup import build_trainer
 
 RECIPE = "digits"
 

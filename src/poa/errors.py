@@ -8,7 +8,13 @@ from __future__ import annotations
 
 
 class PoaError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can mend.
+
+    Attributes:
+        is_told: another process of the run reports it.
+    """
+
+    is_told: bool = False
 
 
 class ConfigError(PoaError):

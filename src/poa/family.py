@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from poa.backbones import Architecture, architecture
 from poa.config import from_dict, to_dict
+from poa.config.card import CardFile
+from poa.config.checks import MAX_SIDE, require
 from poa.elastic import SearchSpace, Subnet, num_params
 from poa.errors import CheckpointError, ConfigError, ExtractionError
-from poa.files import replace_directory, write_json
+from poa.files import read_json, replace_directory, write_json
 from poa.randomness import derived_seed
 from poa.task_head import TaskHead, read_head
-from poa.tensor_file import Part, write_safetensors
+from poa.tensor_file import Part, read_tensors, write_safetensors
+from poa.timm_directory import open_timm_directory
 from poa.version import __version__
 
 if TYPE_CHECKING:
@@ -31,6 +34,10 @@ CARD_FILE = "family.json"
 WEIGHTS_FILE = "weights.safetensors"
 FORMAT = "poa-family"
 FORMAT_VERSION = 1
+WEIGHT_TYPES = ("float32", "float16", "bfloat16", "float64")
+"""What the weights of a family may be, all of them alike."""
+RESAMPLING = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+"""The ways to resize an image."""
 
 TOLERANCE = 1e-5
 """Largest relative difference (in the Euclidean norm) between a sub-network and the model extracted from it."""
@@ -51,7 +58,21 @@ class Preprocessing:
     crop_pct: float = 1.0
     """Side of the central crop over the resized image's shorter side."""
     interpolation: str = "bicubic"
-    """How the image is resized."""
+    """How the image is resized, one of `RESAMPLING`."""
+
+    def __post_init__(self) -> None:
+        for name, most in (("image_size", MAX_SIDE), ("num_channels", 1_024)):
+            value = getattr(self, name)
+            require(1 <= value <= most, f"preprocessing.{name}", value, f"1 to {most:,}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            allowed = sorted({1, self.num_channels})
+            fits = len(values) in allowed and all(map(math.isfinite, values))
+            require(fits, f"preprocessing.{name}", values, f"{' or '.join(map(str, allowed))} finite numbers")
+        require(min(self.std) > 0, "preprocessing.std", self.std, "greater than 0")
+        require(0.01 <= self.crop_pct <= 10.0, "preprocessing.crop_pct", self.crop_pct, "0.01 to 10")
+        name = self.interpolation
+        require(name in RESAMPLING, "preprocessing.interpolation", name, f"one of {', '.join(RESAMPLING)}")
 
     def per_channel(self, values: tuple[float, ...]) -> tuple[float, ...]:
         """`values` repeated to one for each channel."""
@@ -374,20 +395,26 @@ def load(path: str | Path) -> Family:
     Raises:
         CheckpointError: there is no family, it is damaged, or it is from a newer version of poa.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = family_directory(path)
     card = read_card(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}: the family is incomplete, copy it anew.")
+    # Before memory is asked for: a card of a few bytes can describe a network of terabytes.
+    num_bytes, num_numbers = weights.stat().st_size, card.num_params(card.space.intact)
+    if not 2 * num_numbers <= num_bytes <= 16 * num_numbers + 2**24:
+        raise CheckpointError(
+            f"{weights} does not fit the architecture in {CARD_FILE}: {num_bytes} bytes for {num_numbers} parameters. "
+            "Copy the family anew."
+        )
     if file_sha256(weights) != card.weights_sha256:
         raise CheckpointError(f"{weights} is damaged: its checksum is not the one in {CARD_FILE}. Copy it anew.")
     backbone = card.architecture.build(card.config)
+    state = read_tensors(weights)
+    _require_one_type(state, weights)
     try:
-        backbone.load_state_dict(load_file(weights), strict=True, assign=True)
-    except (RuntimeError, SafetensorError) as error:
+        backbone.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
         raise CheckpointError(f"{weights} does not fit the architecture in {CARD_FILE}: {error}") from error
     return Family(card, backbone, read_head(folder, backbone.layout.features))
 
@@ -418,39 +445,32 @@ def read_card(path: str | Path) -> FamilyCard:
     Raises:
         CheckpointError: there is none, or it is damaged or from a newer version of poa.
     """
-    file = family_directory(path) / CARD_FILE
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-        if card["format"] != FORMAT or card["version"] > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file} is {card['format']} version {card['version']}; this poa reads {FORMAT} up to version "
-                f"{FORMAT_VERSION}. Install a newer poa."
-            )
-        kind = architecture(card["architecture"])
-        return FamilyCard(
-            architecture=kind,
-            config=from_dict(kind.config, card["config"], str(file)),
-            preprocessing=from_dict(Preprocessing, card["preprocessing"], str(file)),
-            weights_sha256=card["weights"]["sha256"],
-            provenance=card["provenance"],
+    file, remedy = family_directory(path) / CARD_FILE, "Copy the family anew."
+    values = read_json(file, remedy=remedy)
+    known, version = values.get("format") == FORMAT, values.get("version")
+    if not known or not isinstance(version, int) or version > FORMAT_VERSION:
+        found = f"{values.get('format')!s:.40} version {version!s:.40}"
+        raise CheckpointError(
+            f"{file} is {found}; this poa reads {FORMAT} up to version {FORMAT_VERSION}. Install a newer poa."
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}. Copy the family anew.") from error
+    try:
+        card = from_dict(CardFile, values, str(file))
+        kind = architecture(card.architecture)
+        config = from_dict(kind.config, card.config, str(file))
+        how = from_dict(Preprocessing, card.preprocessing, str(file))
+        config.require_image_size("preprocessing.image_size", how.image_size)
+        require(how.num_channels == config.num_channels, "preprocessing.num_channels", how.num_channels, "the model's")
+    except ConfigError as error:
+        raise CheckpointError(f"{file} is damaged: {error} {remedy}") from error
+    return FamilyCard(kind, config, how, card.weights.sha256, card.provenance)
 
 
-def open_timm_directory(directory: str | Path) -> nn.Module:
-    """The timm model in a directory with `config.json` and `model.safetensors`, in evaluation mode.
-
-    Raises:
-        CheckpointError: the directory holds no such model.
-    """
-    import timm
-
-    folder = Path(directory)
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise CheckpointError(f"{folder} is no timm directory: config.json and model.safetensors are needed.")
-    model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    return model.eval()
+def _require_one_type(state: Mapping[str, Tensor], weights: Path) -> None:
+    """Refuses weights that are no floating-point numbers, or of several types: the network could not compute."""
+    kinds = {tensor.dtype for tensor in state.values()}
+    if len(kinds) != 1 or str(next(iter(kinds))).removeprefix("torch.") not in WEIGHT_TYPES:
+        found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)) or "none"
+        raise CheckpointError(f"{weights} must hold tensors of one of {', '.join(WEIGHT_TYPES)}; got {found}.")
 
 
 def file_sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from poa.backbones.base import Backbone, Features
 from poa.elastic import Subnet
-from poa.errors import ConfigError
+from poa.errors import CheckpointError, ConfigError
 from poa.family import Family, Preprocessing, load
 from poa.randomness import derived_seed
 from poa.timm_models import create_timm_model, is_family
@@ -96,8 +96,10 @@ class RunningMember:
         return next(self.backbone.parameters()).device
 
     def last_blocks(self, images: Float[Tensor, "B c h w"], num_blocks: int) -> list[Features]:
-        """See `Candidate.last_blocks`."""
-        return self.backbone.last_blocks(images, self.subnet, num_blocks)
+        """See `Candidate.last_blocks`; in float32, whatever the super-network trains in."""
+        dtype = next(self.backbone.parameters()).dtype
+        found = self.backbone.last_blocks(images.to(dtype), self.subnet, num_blocks)
+        return [Features(*(part.float() for part in each)) for each in found]
 
 
 class FamilyMember(Candidate):
@@ -271,15 +273,18 @@ def _mark(candidate: Candidate, untrained_seed: int | None) -> None:
 def preprocessing_of_timm(model: nn.Module) -> Preprocessing:
     """What timm's `pretrained_cfg` says of the images that the model takes."""
     described: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
-    channels, size = described.get("input_size", (3, 224))[:2]
-    return Preprocessing(
-        image_size=int(size),
-        num_channels=int(channels),
-        mean=tuple(described.get("mean", (0.485, 0.456, 0.406))),
-        std=tuple(described.get("std", (0.229, 0.224, 0.225))),
-        crop_pct=float(described.get("crop_pct", 1.0)),
-        interpolation=str(described.get("interpolation", "bicubic")),
-    )
+    try:
+        channels, size = described.get("input_size", (3, 224))[:2]
+        return Preprocessing(
+            image_size=int(size),
+            num_channels=int(channels),
+            mean=tuple(map(float, described.get("mean", (0.485, 0.456, 0.406)))),
+            std=tuple(map(float, described.get("std", (0.229, 0.224, 0.225)))),
+            crop_pct=float(described.get("crop_pct", 1.0)),
+            interpolation=str(described.get("interpolation", "bicubic")),
+        )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"what the network says of its images is damaged: {error}.") from error
 
 
 def counted_flops(model: nn.Module, how: Preprocessing) -> int:

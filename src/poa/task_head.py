@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from poa.config import from_dict
+from poa.config.card import HeadFile
 from poa.elastic import Axis, Cut, Window, fixed
-from poa.errors import CheckpointError
-from poa.files import write_json
+from poa.errors import CheckpointError, ConfigError
+from poa.files import read_json, write_json
+from poa.tensor_file import read_tensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -92,22 +94,24 @@ def read_head(directory: Path, features: Axis) -> TaskHead | None:
     Raises:
         CheckpointError: it is damaged, from a newer version of poa, or of another family.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file, weights = directory / HEAD_FILE, directory / HEAD_WEIGHTS_FILE
+    file, weights, remedy = directory / HEAD_FILE, directory / HEAD_WEIGHTS_FILE, "Copy the family anew."
     if not file.exists() and not weights.exists():
         return None
+    values = read_json(file, remedy=remedy)
+    version = values.get("version")
+    if values.get("format") != HEAD_FORMAT or not isinstance(version, int) or version > HEAD_VERSION:
+        found = f"{values.get('format')!s:.40} version {version!s:.40}"
+        raise CheckpointError(f"{file} is {found}. Install a newer poa.")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"] != HEAD_FORMAT or found["version"] > HEAD_VERSION:
-            raise CheckpointError(f"{file} is {found['format']} version {found['version']}. Install a newer poa.")
-        if _sha256(weights) != found["weights"]["sha256"]:
-            raise CheckpointError(f"{weights} is damaged: its checksum is not the one in {HEAD_FILE}. Copy it anew.")
-        state = load_file(weights)
-        head = TaskHead(state["weight"], state["bias"], tuple(found["class_names"]), bool(found["multi_label"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}. Copy the family anew.") from error
+        described = from_dict(HeadFile, values, str(file))
+    except ConfigError as error:
+        raise CheckpointError(f"{file} is damaged: {error} {remedy}") from error
+    if not weights.is_file() or _sha256(weights) != described.weights.sha256:
+        raise CheckpointError(f"{weights} is damaged: its checksum is not the one in {HEAD_FILE}. Copy it anew.")
+    state = read_tensors(weights)
+    if sorted(state) != ["bias", "weight"] or not all(tensor.is_floating_point() for tensor in state.values()):
+        raise CheckpointError(f"{weights} must hold a weight and a bias of floating-point numbers. {remedy}")
+    head = TaskHead(state["weight"], state["bias"], described.class_names, described.multi_label)
     expected = tuple(cut.full_shape for cut in head_cuts(features, head.num_classes))
     if (tuple(head.weight.shape), tuple(head.bias.shape)) != expected:
         raise CheckpointError(f"{weights} does not fit the family: its weight is {tuple(head.weight.shape)}.")

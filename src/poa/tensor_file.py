@@ -1,4 +1,4 @@
-"""Writing tensors in the safetensors format while they are being made, so that only a few are in memory at once."""
+"""Files of tensors in the safetensors format: read, and written tensor by tensor as they are made."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from poa.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,7 @@ class Part:
 
     Attributes:
         shape: its shape.
-        dtype: its type; float32, float16, bfloat16 or float64.
+        dtype: its type; a floating-point one, int64, int32, uint8 or bool.
         make: gives the tensor.
     """
 
@@ -34,8 +36,8 @@ class Part:
     make: Callable[[], Tensor]
 
 
-def write_safetensors(parts: Mapping[str, Part], path: Path) -> None:
-    """Writes the tensors: the same bytes as `safetensors.torch.save_file`.
+def write_safetensors(parts: Mapping[str, Part], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes the tensors, and `metadata` into the header: the same bytes as `safetensors.torch.save_file`.
 
     Each is made when its turn comes, while the one before it is written, and freed after it.
 
@@ -45,13 +47,30 @@ def write_safetensors(parts: Mapping[str, Part], path: Path) -> None:
     ordered = _ordered(parts)
     waiting: deque[Future[int]] = deque()
     with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as writer:
-        file.write(_header(ordered))
+        file.write(_header(ordered, metadata))
         for part in ordered.values():
             waiting.append(writer.submit(file.write, _bytes(part.make())))
             if len(waiting) > NUM_WAITING:
                 waiting.popleft().result()
         for written in waiting:
             written.result()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU. The format holds numbers only: nothing in it is executed.
+
+    Raises:
+        CheckpointError: it is not there, cannot be read, or is no whole safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {str(error)[:200].rstrip('.')}.") from error
 
 
 def num_bytes(parts: Mapping[str, Part]) -> int:
@@ -61,25 +80,36 @@ def num_bytes(parts: Mapping[str, Part]) -> int:
 
 
 def _ordered(parts: Mapping[str, Part]) -> dict[str, Part]:
-    return dict(sorted(parts.items(), key=lambda item: (-item[1].dtype.itemsize, _code(item[1].dtype), item[0])))
+    places = {dtype: place for place, dtype in enumerate(_codes())}
+    return dict(sorted(parts.items(), key=lambda item: (places[item[1].dtype], item[0])))
 
 
-def _header(parts: Mapping[str, Part]) -> bytes:
-    entries, start = {}, 0
+def _header(parts: Mapping[str, Part], metadata: Mapping[str, str] | None = None) -> bytes:
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    codes, start = _codes(), 0
     for name, part in parts.items():
         end = start + math.prod(part.shape) * part.dtype.itemsize
-        entries[name] = {"dtype": _code(part.dtype), "shape": list(part.shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": codes[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _code(dtype: torch.dtype) -> str:
-    """How safetensors calls the type."""
+def _codes() -> dict[torch.dtype, str]:
+    """How safetensors calls the types, in the order in which it writes them."""
     import torch
 
-    return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}[dtype]
+    return {
+        torch.int64: "I64",
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.int32: "I32",
+        torch.bfloat16: "BF16",
+        torch.float16: "F16",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
 
 
 def _bytes(tensor: Tensor) -> Any:  # noqa: ANN401 (a buffer)

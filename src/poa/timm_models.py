@@ -11,6 +11,7 @@ from torch import nn
 
 from poa.errors import CheckpointError, ConfigError
 from poa.family import CARD_FILE, family_directory
+from poa.timm_directory import check_timm_directory
 
 TIMM_PREFIX = "timm:"
 
@@ -75,4 +76,5 @@ def _directory_name(path: Path) -> str:
         )
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} holds no network: no config.json of timm, no {CARD_FILE} of poa.")
+    check_timm_directory(path)
     return f"local-dir:{path}"

@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from poa.config import DataConfig
 from poa.data import SOURCES, BadImage, open_source
 from tests.hostile_images import encoded, picture
+from tests.shard_server import parquet_of, serving, write_index, write_tars
 
 CONFIG = DataConfig(max_bad_share=1.0)
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -53,12 +55,49 @@ def make_tar(root, changed):
     return str(root)
 
 
-MAKERS = {"digits": make_digits, "folder": make_folder, "parquet": make_parquet, "tar": make_tar}
+def make_tar_shards(root, changed):
+    write_tars(root, [3, 0, 2], modified=int(changed))
+    write_index(root)
+    return str(root)
 
 
-@pytest.fixture(params=sorted(SOURCES))
-def spec_maker(request, tmp_path):
-    return lambda name="source", changed=False: MAKERS[request.param](tmp_path / name, changed)
+def make_parquet_shards(root, changed):
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "a.parquet").write_bytes(parquet_of(4, shift=changed))
+    write_index(root)
+    return f"file://{root}/a.parquet"
+
+
+MAKERS = {
+    "digits": make_digits,
+    "folder": make_folder,
+    "parquet": make_parquet,
+    "tar": make_tar,
+    "shards of tar": make_tar_shards,
+    "shards of parquet": make_parquet_shards,
+    "shards of tar by http": make_tar_shards,
+    "shards of parquet by http": make_parquet_shards,
+}
+
+
+@pytest.fixture(params=MAKERS)
+def spec_maker(request, tmp_path, monkeypatch):
+    """Makes a source of one kind and gives the spec of it; those "by http" are behind a web server."""
+    monkeypatch.setattr("tests.contract.test_sources.CONFIG", replace(CONFIG, cache_dir=str(tmp_path / "cache")))
+    with serving(tmp_path) as server:
+
+        def make(name="source", changed=False):
+            spec = MAKERS[request.param](tmp_path / name, changed)
+            if not request.param.endswith("by http"):
+                return spec
+            last = "" if spec.startswith("/") else "/a.parquet"
+            return f"{server.url}/{name}{last}"
+
+        yield make
+
+
+def test_every_kind_of_source_is_held_to_this():
+    assert {name.partition(" ")[0] for name in MAKERS} == set(SOURCES)
 
 
 @pytest.fixture

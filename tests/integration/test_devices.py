@@ -5,13 +5,17 @@ from functools import partial
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from poa.backbones import architecture
 from poa.config import PretrainConfig, from_dict, load_recipe, to_dict
 from poa.config.files import merged
 from poa.data import EpochPlan, MultiCropBatches, open_source
+from poa.distributed import whole
 from poa.runtime import resolve_runtime
-from poa.train.loop import build_trainer
+from poa.train.optim import make_optimizer
+from poa.train.parallel import Replicated, Sharded
+from poa.train.setup import build_trainer
 from poa.train.step import train_step
 from tests.contract.configs import SMALLEST
 from tests.devices import needs_cuda
@@ -34,7 +38,7 @@ MODELS = {
 }
 
 
-def steps(num, model=None, **runtime):
+def steps(num, model=None, divide=None, **runtime):
     model = model or {}
     values = merged(merged(to_dict(load_recipe("digits")), TINY), {"model": model})
     config = from_dict(PretrainConfig, merged(values, {"runtime": {"num_workers": 0, **runtime}}), "test")
@@ -42,9 +46,12 @@ def steps(num, model=None, **runtime):
     plan = EpochPlan(len(source), 16, 1, 0)
     batches = MultiCropBatches(source, plan, config)
     trainer = build_trainer(config, plan.steps_per_epoch, resolve_runtime(config.runtime))
+    if divide is not None:
+        parallel = divide(trainer.model)
+        trainer = replace(trainer, parallel=parallel, optimizer=make_optimizer(trainer.model.student, config.optim))
     records = [train_step(trainer, [batches[step]], step + 1) for step in range(num)]
-    weights = torch.cat([part.detach().flatten().float().cpu() for part in trainer.model.student.parameters()])
-    return records, weights
+    weights = [whole(part).detach().flatten().float().cpu() for part in trainer.model.student.parameters()]
+    return records, torch.cat(weights)
 
 
 def assert_alike(ours, theirs, loss_tolerance, weight_tolerance):
@@ -100,6 +107,30 @@ def test_under_autocast_the_residual_stream_stays_float32(name):
             torch.randn(2, 1, config.model.image_size, config.model.image_size), backbone.space.intact
         )
     assert {part.dtype for part in between} == {torch.float32}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def group_of_one(request, tmp_path):
+    """The device of a process group with a single member: what DDP and FSDP do, on one GPU."""
+    device = torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if request.param == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield device
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_ddp_and_fsdp_train_as_the_plain_model(group_of_one, mode, precision):
+    runtime = {"device": group_of_one.type, "precision": precision, "compile": "off"}
+
+    def divide(model):
+        if mode == "ddp":
+            return Replicated(model)
+        return Sharded(model, init_device_mesh(group_of_one.type, (1,), mesh_dim_names=("shard",)))
+
+    tolerances = (1e-5, 1e-4) if precision == "float32" else (2e-2, 5e-2)
+    assert_alike(steps(3, divide=divide, **runtime), steps(3, **runtime), *tolerances)
 
 
 @needs_cuda

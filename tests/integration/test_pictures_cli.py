@@ -20,8 +20,8 @@ from poa.family import Family, FamilyCard, Preprocessing, load
 from poa.runtime import resolve_runtime
 from poa.train.checkpoint import CheckpointStore, pack_state
 from poa.train.heads import load_heads
-from poa.train.loop import build_trainer
 from poa.train.monitor import preprocessing_of
+from poa.train.setup import build_trainer
 
 FEW = ("--num-images", "1", "--map-images", "40", "--num-prototypes", "3", "--num-top", "2", "--perplexity", "8")
 ON = ("--images", "digits:test", "--device", "cpu", "--num-workers", "0")
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.teacher.heads.parameters():
             parameter.add_(0.1)
-    CheckpointStore(folder / "checkpoints", keep=1).save(STEPS, pack_state(model, trainer.optimizer), {})
+    CheckpointStore(folder / "checkpoints", keep=1).save(STEPS, pack_state(model, trainer.optimizer), {}, wait=True)
     how = preprocessing_of(config)
     card = FamilyCard(architecture(config.model), config.model, how, provenance={"steps": STEPS})
     Family(card, model.teacher.backbone).save(folder / "family")
@@ -177,8 +177,7 @@ def test_the_heads_of_a_run_are_its_teachers(run):
 def test_heads_that_do_not_belong_to_the_family_are_refused_and_removed_ones_are_none(run, tmp_path):
     folder = Path(shutil.copytree(run[0], tmp_path / "run"))
     store = CheckpointStore(folder / "checkpoints", keep=1)
-    tensors, _ = store.load_newest()
-    store.save(STEPS + 1, tensors, {})
+    store.save(STEPS + 1, {}, {}, wait=True)
     with pytest.raises(CheckpointError, match="is of step 4, its family of step 3"):
         load_heads(folder)
     shutil.rmtree(folder / "checkpoints")

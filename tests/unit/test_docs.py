@@ -14,6 +14,7 @@ from mkdocs.exceptions import Abort
 
 import poa
 from poa.backbones import architecture
+from poa.cli.data import COMMANDS as DATA
 from poa.cli.evaluate import COMMANDS as TABLES
 from poa.cli.evaluate import PROTOCOLS
 from poa.cli.main import COMMANDS, main
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
 PACKAGES = ("poa.evaluate", "poa.deploy.profile", "poa.deploy.select", "poa.deploy.report", "poa.embed")
+GROUPS = {"data": DATA, "evaluate": PROTOCOLS | TABLES}
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -65,7 +67,8 @@ class TestWhatExistsIsDocumented:
 
     def test_the_command_line_page_has_the_help_of_every_command(self):
         page = docs_hooks.command_line()
-        for name in [*(set(COMMANDS) - {"evaluate"}), *(f"evaluate {name}" for name in PROTOCOLS | TABLES)]:
+        grouped = [f"{group} {name}" for group, names in GROUPS.items() for name in names]
+        for name in [*(set(COMMANDS) - set(GROUPS)), *grouped]:
             assert f"\n## poa {name}\n" in page
             assert f"usage: poa {name} " in page
         assert "reference/cli.md" in nav_pages()
@@ -104,7 +107,7 @@ class TestWhatIsDocumentedExists:
     @staticmethod
     def call(words):
         """The command that the words call, with the recipe, which decides on the model's options."""
-        name = words[:2] if words[0] == "evaluate" else words[:1]
+        name = words[:2] if words[0] in GROUPS else words[:1]
         recipe = words.index("--recipe") if "--recipe" in words else len(words)
         return (*name, *words[recipe : recipe + 2])
 

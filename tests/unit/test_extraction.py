@@ -11,7 +11,8 @@ from poa.backbones import architecture
 from poa.config import ViTConfig
 from poa.elastic import num_params
 from poa.errors import CheckpointError, ConfigError, ExtractionError, SubnetError
-from poa.family import Family, FamilyCard, Preprocessing, load, open_timm_directory, read_card
+from poa.family import Family, FamilyCard, Preprocessing, load, read_card
+from poa.timm_directory import open_timm_directory
 from tests.golden.reference import relative_error
 
 
@@ -177,11 +178,18 @@ def test_existing_directory_is_not_overwritten_unasked(family, tmp_path):
     assert (tmp_path / "net" / "notes.txt").read_text() == "mine"
 
 
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / "weights.safetensors").unlink(), "incomplete"),
-        (lambda folder: (folder / "weights.safetensors").write_bytes(b"1" * 100), "checksum"),
+        (lambda folder: (folder / "weights.safetensors").write_bytes(b"1" * 100), "does not fit"),
+        (lambda folder: _flip(folder / "weights.safetensors"), "checksum"),
         (lambda folder: (folder / "family.json").write_text("{"), "damaged"),
         (
             lambda folder: (folder / "family.json").write_text('{"format": "other", "version": 1}'),

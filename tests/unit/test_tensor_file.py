@@ -12,7 +12,16 @@ from poa.config import ViTConfig
 from poa.tensor_file import NUM_WAITING, Part, write_safetensors
 from tests.unit.test_extraction import make_family
 
-TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=8)
 
@@ -22,12 +31,15 @@ def parts_of(state):
 
 
 @settings(deadline=None, max_examples=60)
-@given(described=st.dictionaries(NAMES, st.tuples(SHAPES, st.sampled_from(TYPES)), min_size=1, max_size=6))
-def test_file_is_byte_for_byte_what_safetensors_writes(tmp_path_factory, described):
+@given(
+    described=st.dictionaries(NAMES, st.tuples(SHAPES, st.sampled_from(TYPES)), min_size=1, max_size=6),
+    metadata=st.none() | st.dictionaries(NAMES, NAMES, min_size=1, max_size=1),
+)
+def test_file_is_byte_for_byte_what_safetensors_writes(tmp_path_factory, described, metadata):
     state = {name: torch.randn(shape).to(dtype) for name, (shape, dtype) in described.items()}
     path = tmp_path_factory.mktemp("written") / "model.safetensors"
-    write_safetensors(parts_of(state), path)
-    assert path.read_bytes() == save(state)
+    write_safetensors(parts_of(state), path, metadata)
+    assert path.read_bytes() == save(state, metadata)
 
 
 def test_tensors_are_made_when_their_turn_comes_and_freed_after_it(tmp_path):

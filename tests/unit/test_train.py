@@ -28,11 +28,11 @@ from poa.errors import PoaWarning, TrainingError
 from poa.runtime import Runtime
 from poa.train import pretrain
 from poa.train.interrupt import Interrupt
-from poa.train.loop import build_trainer
 from poa.train.metrics import MetricsLog, read_metrics
 from poa.train.monitor import Monitor
 from poa.train.optim import clip_gradients_
 from poa.train.schedules import StepValues
+from poa.train.setup import build_trainer
 from poa.train.step import StepRecord, train_step
 from tests.unit.test_evaluate import CountingSource
 
@@ -251,7 +251,7 @@ def write_steps(folder, first, last, window=None, every=2):
 
 
 def timeless(lines):
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds", "data_wait")} for line in lines]
 
 
 def test_lines_hold_means_since_the_line_before_and_count_skipped_steps(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from poa.elastic import Layout, SearchSpace, Subnet, Window, windows
 
@@ -34,6 +35,22 @@ class TimmModel(NamedTuple):
     `fixed_input_size` where it is False (True by default)."""
     global_pool: str
     """How timm's class makes the class vector: `token`, `avg`."""
+
+
+class ResidualBlock(nn.Module):
+    """What a backbone consists of: compiled, computed anew and divided among processes each on its own.
+
+    Its `forward` draws nothing at random; where rows are dropped is an argument.
+    """
+
+    is_recomputed = False
+    """Whether a backward pass finds its inputs only and computes what is between anew."""
+
+    def __call__(self, *arguments: Any) -> Any:  # noqa: ANN401 (as nn.Module's)
+        """The block's output."""
+        if not (self.is_recomputed and torch.is_grad_enabled()):
+            return super().__call__(*arguments)
+        return checkpoint(super().__call__, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class Backbone(nn.Module, ABC):
@@ -128,6 +145,20 @@ class Backbone(nn.Module, ABC):
     def init_weights_(self, generator: torch.Generator) -> None:
         """Draws fresh weights."""
 
-    @abstractmethod
+    def block_modules(self) -> list[ResidualBlock]:
+        """Its residual blocks in the order in which the intact network runs them."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
+
+    def checkpoint_blocks_(self) -> None:
+        """From now on keeps only the blocks' inputs for the backward pass, which computes each block once more.
+
+        Outputs and gradients stay the same (Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016).
+        """
+        for block in self.block_modules():
+            block.is_recomputed = True
+
     def compile_blocks_(self) -> None:
         """Compiles each block with `torch.compile`, specialised per width."""
+        torch._dynamo.config.recompile_limit = max(64, 64 * len(self.space.widths))
+        for block in self.block_modules():
+            block.compile(dynamic=False)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poa.backbones.base import TimmModel
+from poa.backbones.base import ResidualBlock, TimmModel
 from poa.backbones.convnext_layout import block_cuts, convnext_layout, convnext_space, downsample_cuts, stage_depths
 from poa.backbones.hierarchical import HierarchicalBackbone, draw_kept_rows, hide
 from poa.backbones.vit_blocks import Mlp
@@ -20,7 +20,7 @@ from poa.elastic.layers import ElasticConv2d, ElasticLayerNorm2d
 Map = Float[Tensor, "B C h w"]
 
 
-class Block(nn.Module):
+class Block(ResidualBlock):
     """A residual block: a depthwise convolution, then an MLP at each place."""
 
     def __init__(self, cuts: dict[str, Cut]) -> None:
@@ -59,7 +59,6 @@ class ElasticConvNeXt(HierarchicalBackbone):
     """
 
     embedding = "stem."
-    block_class = Block
 
     def __init__(self, config: ConvNeXtConfig) -> None:
         super().__init__()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,9 +23,6 @@ class HierarchicalBackbone(Backbone):
     """
 
     patch_scale: int
-
-    block_class: ClassVar[type[nn.Module]]
-    """Of the residual blocks."""
 
     @abstractmethod
     def stage_maps(
@@ -77,13 +73,6 @@ class HierarchicalBackbone(Backbone):
     def timm_features(self, model: nn.Module, images: Float[Tensor, "B c h w"]) -> Features:
         """See `Backbone.timm_features`."""
         return self._features(*self.timm_read_out(model, images))
-
-    def compile_blocks_(self) -> None:
-        """See `Backbone.compile_blocks_`."""
-        torch._dynamo.config.recompile_limit = max(64, 64 * len(self.space.widths))
-        for module in self.modules():
-            if isinstance(module, self.block_class):
-                module.compile(dynamic=False)
 
     def token_features(self, cls: Float[Tensor, "B C"], tokens: Float[Tensor, "B T C"]) -> Features:
         """What `forward` would give, from a model that gives a class vector and the places of a square last map."""

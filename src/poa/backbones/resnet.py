@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poa.backbones.base import TimmModel
+from poa.backbones.base import ResidualBlock, TimmModel
 from poa.backbones.hierarchical import HierarchicalBackbone, hide
 from poa.backbones.resnet_layout import block_cuts, resnet_layout, resnet_space, stage_depths, stage_stride
 from poa.config import ResNetConfig
@@ -19,7 +19,7 @@ TIMM_STEM_CHANNELS = 64
 TIMM_NUM_GROUPS = 32
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """A residual block with a narrower middle, of which sub-networks own the leading channels (POA §3.2)."""
 
     def __init__(self, cuts: dict[str, Cut], stride: int, num_groups: int) -> None:
@@ -50,8 +50,6 @@ class ElasticResNet(HierarchicalBackbone):
 
     Its class vector is the mean of its last map. It has no stochastic depth.
     """
-
-    block_class = Bottleneck
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poa.backbones.base import TimmModel
+from poa.backbones.base import ResidualBlock, TimmModel
 from poa.backbones.hierarchical import HierarchicalBackbone, draw_kept_rows, hide
 from poa.backbones.swin_layout import axis_windows, block_cuts, merging_cuts, stage_depths, swin_layout, swin_space
 from poa.backbones.vit_blocks import Mlp, PatchEmbed
@@ -67,7 +67,7 @@ class WindowAttention(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class Block(ResidualBlock):
     """A pre-norm transformer block with attention in windows, on a map."""
 
     def __init__(self, config: SwinConfig, stage: int, index: int) -> None:
@@ -170,7 +170,6 @@ class ElasticSwin(HierarchicalBackbone):
 
     config: SwinConfig
     embedding = "patch_embed."
-    block_class = Block
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()

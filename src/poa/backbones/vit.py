@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poa.backbones.base import Backbone, Features, TimmModel
+from poa.backbones.base import Backbone, Features, ResidualBlock, TimmModel
 from poa.backbones.vit_blocks import MLPS, Attention, EvaAttention, PatchEmbed, Rotation, Shapes, rotation
 from poa.backbones.vit_layout import block_cuts, hidden_channels, mlp_ratio_of, vit_layout, vit_space
 from poa.config import ViTConfig
@@ -31,7 +31,7 @@ class KeptRows(NamedTuple):
     """The shapes of what is kept."""
 
 
-class Block(nn.Module):
+class Block(ResidualBlock):
     """A pre-norm transformer block on packed tokens, with the names of timm's VisionTransformer."""
 
     attention: ClassVar[type[Attention]] = Attention
@@ -331,12 +331,6 @@ class ElasticViT(Backbone):
                 else:
                     nn.init.trunc_normal_(parameter, std=std, generator=generator)
 
-    def compile_blocks_(self) -> None:
-        """See `Backbone.compile_blocks_`."""
-        torch._dynamo.config.recompile_limit = max(64, 8 * len(self.config.widths))
-        for block in self.blocks:
-            block.compile(dynamic=False)
-
 
 def resize_positions(
     position: Float[Tensor, "1 N C"], old: tuple[int, int], new: tuple[int, int], num_prefix: int
@@ -354,7 +348,8 @@ def resize_positions(
     prefix, grid = position[:, :num_prefix], position[:, num_prefix:]
     grid = grid.unflatten(1, old).permute(0, 3, 1, 2)
     factor = tuple((side + 0.1) / base for side, base in zip(new, old, strict=True))
-    grid = F.interpolate(grid.float(), scale_factor=factor, mode="bicubic").to(position.dtype)
+    grid = grid.to(torch.promote_types(grid.dtype, torch.float32))
+    grid = F.interpolate(grid, scale_factor=factor, mode="bicubic").to(position.dtype)
     return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)
 
 

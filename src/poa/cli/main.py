@@ -14,6 +14,7 @@ from poa.errors import PoaError, PoaWarning
 from poa.version import __version__
 
 COMMANDS = {
+    "data": "prepare images: `poa data check`, convert them into shards, index shards",
     "pretrain": "pre-train a family on a folder of images (or a parquet file)",
     "subnets": "list the sub-networks of a family with their sizes",
     "extract": "cut one sub-network out of a family into a timm directory",
@@ -56,7 +57,10 @@ def _run(name: str, arguments: list[str]) -> int:
         status: int = import_module(f"poa.cli.{name}").run(arguments)
         sys.stdout.flush()
     except PoaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.is_told:
+            rank = os.environ.get("RANK", "0")
+            who = "" if rank == "0" else f" in process {rank}"
+            print(f"error{who}: {error}", file=sys.stderr)
         return FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

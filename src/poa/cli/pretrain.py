@@ -39,9 +39,12 @@ class Pretrain:
 def run(arguments: Sequence[str]) -> int:
     """Runs the command; exit status 0, or 128 + signal when stopped by one."""
     config, out = parse(arguments)
+    from poa.distributed import ranks_of_environment
     from poa.train import ConsoleReporter, pretrain
 
     result = pretrain(config, out, ConsoleReporter())
+    if not ranks_of_environment().is_main:
+        return 0 if result.family else 128 + (result.signal or 0)
     if result.family is None:
         print(f"Stopped after step {result.step} of {result.num_steps}; saved.", file=sys.stderr)
         print(f"Go on with: poa pretrain --out {out}", file=sys.stderr)
@@ -91,8 +94,9 @@ def _base(out: Path | None, recipe: str | None, file: Path | None, init: str) ->
             return saved
     base = load_recipe(recipe or DEFAULT_RECIPE)
     over = {} if file is None else load_yaml(file)
-    spec = init or (over.get("init") or {}).get("source", "")
-    if spec:
+    section = over.get("init")
+    spec = init or (section.get("source") if isinstance(section, dict) else "")
+    if isinstance(spec, str) and spec:
         base = _grown_from(base, spec)
     return from_dict(PretrainConfig, merged(to_dict(base), over), str(file)) if over else base
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from tyro.conf import OmitArgPrefixes
 from poa.cli.reading import ReadingOptions
 from poa.deploy.report.pictures import Pictures, PicturesConfig, pictures_of
 from poa.errors import CheckpointError, ConfigError
+from poa.files import json_value
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def _text(file: Path) -> str | None:
 
 def _json(text: str, file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
+        found = json_value(text)
+    except ValueError as error:
         raise CheckpointError(f"{file} is damaged ({error}). Go on with the run, or copy it anew.") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} is damaged: {text[:40]!r} is no JSON object. Copy the run anew.")

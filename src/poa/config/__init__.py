@@ -12,6 +12,7 @@ from poa.config.init import InitConfig
 from poa.config.model import MODEL_CONFIGS, ModelConfig
 from poa.config.objective import ObjectiveConfig
 from poa.config.optim import OptimConfig
+from poa.config.parallel import ParallelConfig
 from poa.config.pretrain import MonitorConfig, PretrainConfig, RuntimeConfig, TrainConfig
 from poa.config.resnet import ResNetConfig
 from poa.config.segment import SegmentConfig
@@ -35,6 +36,7 @@ __all__ = [
     "MonitorConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "ParallelConfig",
     "PretrainConfig",
     "ResNetConfig",
     "RuntimeConfig",

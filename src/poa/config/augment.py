@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from poa.config.checks import (
+    MAX_SIDE,
     require,
+    require_bounded,
     require_non_negative,
     require_positive,
     require_probability,
@@ -61,6 +64,7 @@ class AugmentConfig:
     """Standard deviation of each channel, divided by; one number serves all channels."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, {"num_local_crops": 1_000, "local_size": MAX_SIDE, "blur_kernel": MAX_SIDE}, "augment")
         require_non_negative("augment.num_local_crops", self.num_local_crops)
         require_positive("augment.local_size", self.local_size)
         for name in ("global_scale", "local_scale"):
@@ -84,7 +88,9 @@ class AugmentConfig:
             "0 to 256",
         )
         require(len(self.mean) == len(self.std), "augment.std", self.std, "as long as augment.mean")
-        require(all(value > 0 for value in self.std), "augment.std", self.std, "greater than 0")
+        require(all(map(math.isfinite, self.mean)), "augment.mean", self.mean, "finite")
+        good = all(value > 0 and math.isfinite(value) for value in self.std)
+        require(good, "augment.std", self.std, "finite numbers greater than 0")
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from poa.errors import ConfigError
+
+MAX_CHANNELS = 65_536
+"""The most channels that any layer of a model's configuration may have in its first stage."""
+MAX_BLOCKS = 1_024
+"""The most blocks of a stage."""
+MAX_SIDE = 16_384
+"""The longest side of an image, in pixels."""
+MAX_SUBNETS = 100_000
+"""The most sub-networks of a family."""
+MAX_EMPHASIS = 1_000.0
+"""The most often that one sub-network is drawn for each draw of another."""
+MAX_SHOWN = 200
+"""Characters of a wrong value that a message shows."""
 
 
 def require(condition: bool, name: str, got: object, expected: str) -> None:
     """Raises `ConfigError` naming the option, the value got and what is expected, unless `condition`."""
     if not condition:
-        raise ConfigError(f"{name} must be {expected}; got {got!r}.")
+        raise ConfigError(f"{name} must be {expected}; got {shown(got)}.")
+
+
+def shown(value: object) -> str:
+    """The value as Python writes it, cut after `MAX_SHOWN` characters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def require_bounded(values: object, bounds: Mapping[str, float], section: str = "model") -> None:
+    """Raises `ConfigError` unless the fields named are at most their bounds, those of sequences one by one.
+
+    What comes from a file is refused before memory is asked for.
+    """
+    for name, most in bounds.items():
+        value = getattr(values, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        require(all(number <= most for number in numbers), f"{section}.{name}", value, f"at most {most:,}")
+
+
+def require_few_subnets(*choices: Sequence[int]) -> None:
+    """Raises `ConfigError` if the widths and the depths of all stages have more than `MAX_SUBNETS` combinations."""
+    count = math.prod(map(len, choices))
+    expected = f"so few that there are at most {MAX_SUBNETS:,} sub-networks"
+    require(count <= MAX_SUBNETS, "model.widths and the depths", count, expected)
 
 
 def require_probability(name: str, value: float) -> None:

@@ -7,7 +7,22 @@ from typing import Annotated, Literal
 
 import tyro
 
-from poa.config.checks import require, require_positive, require_rising
+from poa.config.checks import (
+    MAX_BLOCKS,
+    MAX_CHANNELS,
+    MAX_EMPHASIS,
+    MAX_SIDE,
+    require,
+    require_bounded,
+    require_few_subnets,
+    require_positive,
+    require_rising,
+)
+
+_BOUNDS = {
+    **{"widths": MAX_CHANNELS, "depths": MAX_BLOCKS, "other_depths": MAX_BLOCKS},
+    **{"image_size": MAX_SIDE, "num_channels": 1_024, "draw_emphasis": MAX_EMPHASIS},
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,8 @@ class ConvNeXtConfig:
     def __post_init__(self) -> None:
         for name in ("widths", "depths"):
             require_rising(f"model.{name}", getattr(self, name))
+        require_bounded(self, _BOUNDS)
+        require_few_subnets(self.widths, self.depths)
         for depth in self.other_depths:
             require_positive("model.other_depths", depth)
         for name, allowed in {"patch_size": (1, 4), "patch_scale": (1, 2, 4, 8)}.items():
@@ -74,4 +91,5 @@ class ConvNeXtConfig:
 
     def require_image_size(self, name: str, size: int) -> None:
         """Raises `ConfigError` unless networks can be cut for images of that side: unless the last map has a place."""
+        require(size <= MAX_SIDE, name, size, f"at most {MAX_SIDE:,}")
         require(size >= self.stride, name, size, f"{self.stride} or more, the nearest is {self.stride}")

@@ -12,11 +12,17 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import dacite
 import yaml
 
+from poa.config.checks import MAX_SHOWN, shown
 from poa.config.model import MODEL_CONFIGS
 from poa.config.pretrain import PretrainConfig
 from poa.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
+
+MAX_YAML_BYTES = 256 * 1024
+"""The largest configuration file that is read; the largest recipe has a hundredth of it."""
+MAX_YAML_VALUES = 20_000
+"""The most values in a configuration file, those that aliases repeat counted each time."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401 (any dataclass)
@@ -54,28 +60,64 @@ def from_section(kind: type[ConfigT], values: Mapping[str, Any], origin: str, pr
     except dacite.exceptions.DaciteFieldError as error:
         if prefix:
             error.update_path(prefix.removesuffix("."))
-        raise ConfigError(f"{origin}: {error}.") from error
-    except dacite.exceptions.DaciteError as error:
-        raise ConfigError(f"{origin}: {error}.") from error
+        raise ConfigError(f"{origin}: {_told(error)}.") from error
+    except (dacite.exceptions.DaciteError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        # The library also makes lists and dictionaries out of what cannot be made one.
+        raise ConfigError(f"{origin}: {_told(error)}.") from error
+
+
+def _told(error: Exception) -> str:
+    """The error's message, which has the wrong value in it."""
+    try:
+        return str(error)[: 2 * MAX_SHOWN]
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+        return "a value is too large to show"
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """The content of a YAML file that holds a mapping (or nothing).
 
+    Only plain values are made: YAML's tags for objects of Python are errors.
+
     Raises:
-        ConfigError: the file is missing, is not YAML or does not hold a mapping.
+        ConfigError: the file is missing, larger than `MAX_YAML_BYTES`, is not YAML, holds more than `MAX_YAML_VALUES`
+            values, or does not hold a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"the configuration {path} is no regular file.")
+        with path.open("rb") as file:
+            content = file.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if len(content) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path} is no configuration: it is larger than {MAX_YAML_BYTES // 1024} KiB.")
+    try:
+        values = yaml.safe_load(content.decode("utf-8"))
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not valid YAML: it is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        # The library's readers of tagged values raise what Python's constructors do.
+        raise ConfigError(f"{path} is not valid YAML: {str(error)[:500]}") from error
+    _require_few(values, path)
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `section: {{option: value}}` pairs; got a {type(values).__name__}.")
     return values
+
+
+def _require_few(values: object, path: Path) -> None:
+    """Refuses aliases that would expand to very many values, or to themselves."""
+    waiting, count = [values], 0
+    while waiting and count <= MAX_YAML_VALUES:
+        value, count = waiting.pop(), count + 1
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+    if waiting:
+        raise ConfigError(f"{path} is no configuration: it holds more than {MAX_YAML_VALUES:,} values.")
 
 
 def recipe_names() -> list[str]:
@@ -137,28 +179,28 @@ def _prepared(kind: type[Any], values: Mapping[str, Any], origin: str, prefix: s
     for key, value in values.items():
         if key not in fields:
             hint = _nearest(str(key), list(fields))
-            raise ConfigError(f"{origin}: there is no option {prefix}{key}{hint}")
+            raise ConfigError(f"{origin}: there is no option {prefix}{str(key)[:MAX_SHOWN]}{hint}")
         factory: Any = fields[key].default_factory
         if dataclasses.is_dataclass(factory) and isinstance(factory, type):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{origin}: {prefix}{key} must be a section of options; got {value!r}.")
+                raise ConfigError(f"{origin}: {prefix}{key} must be a section of options; got {shown(value)}.")
             section = _model_section(value, origin) if key == "model" else factory
             result[key] = from_section(section, value, origin, f"{prefix}{key}.")
         else:
             try:
                 result[key] = _converted(value, hints[key])
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{origin}: {prefix}{key} cannot be {value!r}: {error}.") from error
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ConfigError(f"{origin}: {prefix}{key} cannot be {shown(value)}: {str(error)[:200]}.") from error
     return result
 
 
 def _model_section(values: Mapping[str, Any], origin: str) -> type[Any]:
     """The configuration's class for the architecture that the section names; a ViT's where it names none."""
     name = values.get("architecture", "vit")
-    if name not in MODEL_CONFIGS:
+    if not isinstance(name, str) or name not in MODEL_CONFIGS:
         hint = _nearest(str(name), list(MODEL_CONFIGS))
         raise ConfigError(
-            f"{origin}: there is no model.architecture {name!r}{hint} Architectures: {', '.join(MODEL_CONFIGS)}."
+            f"{origin}: there is no model.architecture {shown(name)}{hint} Architectures: {', '.join(MODEL_CONFIGS)}."
         )
     return MODEL_CONFIGS[name]
 
@@ -176,7 +218,7 @@ def _converted(value: Any, hint: Any) -> Any:  # noqa: ANN401 (whatever YAML hol
 
 
 def _nearest(word: str, words: list[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(word[:MAX_SHOWN], words, n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else "."
 
 

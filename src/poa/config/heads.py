@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from poa.config.checks import require, require_positive
+from poa.config.checks import MAX_CHANNELS, require, require_bounded, require_positive
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,14 @@ class HeadsConfig:
     """Channels that the prototypes live in."""
 
     def __post_init__(self) -> None:
+        require_bounded(
+            self, {"num_prototypes": 2**24, "hidden_dim": MAX_CHANNELS, "bottleneck_dim": MAX_CHANNELS}, "heads"
+        )
         require(
-            bool(self.num_prototypes) and all(count >= 2 for count in self.num_prototypes),
+            0 < len(self.num_prototypes) <= 64 and all(count >= 2 for count in self.num_prototypes),
             "heads.num_prototypes",
             self.num_prototypes,
-            "one number of 2 or more for each head",
+            "one number of 2 or more for each head, at most 64 heads",
         )
         require_positive("heads.hidden_dim", self.hidden_dim)
         require_positive("heads.bottleneck_dim", self.bottleneck_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from poa.config.checks import require, require_non_negative, require_positive, require_probability
+from poa.config.checks import require, require_bounded, require_non_negative, require_positive, require_probability
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class ObjectiveConfig:
     """Momentum of the centre, for targets by centring."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, {"sinkhorn_iterations": 1_000}, "objective")
         require_probability("objective.intact_weight", self.intact_weight)
         for name in ("class_weight", "patch_weight", "distill_weight", "koleo_weight"):
             require_non_negative(f"objective.{name}", getattr(self, name))

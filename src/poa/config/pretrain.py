@@ -13,6 +13,7 @@ from poa.config.init import InitConfig
 from poa.config.model import ModelConfig
 from poa.config.objective import ObjectiveConfig
 from poa.config.optim import OptimConfig
+from poa.config.parallel import ParallelConfig
 from poa.config.vit import ViTConfig
 
 
@@ -23,7 +24,7 @@ class TrainConfig:
     epochs: float = 100.0
     """Passes over the images."""
     batch_size: int = 64
-    """Images per optimiser step, micro-batches together."""
+    """Images per optimiser step, those of all micro-batches and processes together."""
     seed: int = 0
     """Seed of everything random."""
     checkpoint_every: int = 500
@@ -34,6 +35,9 @@ class TrainConfig:
     """Checkpoints at multiples of this many steps are kept for good; 0 keeps none."""
     log_every: int = 10
     """Steps between two lines in the metrics."""
+    draws: Literal["cost-bucket", "independent", "shared"] = "cost-bucket"
+    """Which sub-networks several processes train in a step: different ones of nearly equal cost, any, or all the same.
+    A single process trains one at a time either way."""
     max_skipped_steps: int = 10
     """Stop after this many steps in a row whose loss or gradient was not finite."""
 
@@ -69,18 +73,25 @@ class RuntimeConfig:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA where there is one, else MPS, else the CPU."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """bfloat16: matrix products only (autocast); weights, gradients, their sums over processes, the optimiser and the
+    teacher stay float32. float64: everything, for comparisons. auto: bfloat16 on CUDA, float32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each block with torch.compile; auto: on CUDA only."""
     num_workers: int = -1
     """Processes that read and augment images; 0 does it in the training process, -1 chooses."""
     num_threads: int = 0
     """Threads of the training process on the CPU; 0 leaves torch's choice."""
+    checkpoint_activations: bool = False
+    """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
+    watchdog_minutes: float = 30.0
+    """A process without progress for this long writes where it hangs and ends, so that torchrun starts the run again;
+    0 waits for ever."""
 
     def __post_init__(self) -> None:
         require(self.num_workers >= -1, "runtime.num_workers", self.num_workers, "-1 (automatic), 0 or more")
         require_non_negative("runtime.num_threads", self.num_threads)
+        require_non_negative("runtime.watchdog_minutes", self.watchdog_minutes)
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         multiple = self.model.crop_multiple

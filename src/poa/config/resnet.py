@@ -7,10 +7,26 @@ from typing import Annotated, Literal
 
 import tyro
 
-from poa.config.checks import require, require_positive, require_rising
+from poa.config.checks import (
+    MAX_BLOCKS,
+    MAX_CHANNELS,
+    MAX_EMPHASIS,
+    MAX_SIDE,
+    require,
+    require_bounded,
+    require_few_subnets,
+    require_positive,
+    require_rising,
+)
 
 MIN_IMAGE_SIZE = 5
 """From this side on the first stage's map has several places, so that every normalisation group has several numbers."""
+
+_BOUNDS = {
+    **{"widths": MAX_CHANNELS, "stage2_depths": MAX_BLOCKS, "stage3_depths": MAX_BLOCKS, "outer_depths": MAX_BLOCKS},
+    **{"base_channels": MAX_CHANNELS, "stem_channels": MAX_CHANNELS, "num_groups": MAX_CHANNELS},
+    **{"image_size": MAX_SIDE, "num_channels": 1_024, "draw_emphasis": MAX_EMPHASIS},
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,8 @@ class ResNetConfig:
     def __post_init__(self) -> None:
         for name in ("widths", "stage2_depths", "stage3_depths"):
             require_rising(f"model.{name}", getattr(self, name))
+        require_bounded(self, _BOUNDS)
+        require_few_subnets(self.widths, self.stage2_depths, self.stage3_depths)
         for depth in self.outer_depths:
             require_positive("model.outer_depths", depth)
         for name in ("base_channels", "stem_channels", "num_groups", "num_channels"):
@@ -90,4 +108,5 @@ class ResNetConfig:
 
     def require_image_size(self, name: str, size: int) -> None:
         """Raises `ConfigError` unless networks can be cut for images of that side."""
+        require(size <= MAX_SIDE, name, size, f"at most {MAX_SIDE:,}")
         require(size >= MIN_IMAGE_SIZE, name, size, f"{MIN_IMAGE_SIZE} or more, the nearest is {MIN_IMAGE_SIZE}")

@@ -8,7 +8,23 @@ from typing import Annotated, Literal
 
 import tyro
 
-from poa.config.checks import require, require_positive, require_rising
+from poa.config.checks import (
+    MAX_BLOCKS,
+    MAX_CHANNELS,
+    MAX_EMPHASIS,
+    MAX_SIDE,
+    require,
+    require_bounded,
+    require_few_subnets,
+    require_positive,
+    require_rising,
+)
+
+_BOUNDS = {
+    **{"widths": MAX_CHANNELS, "depths": MAX_BLOCKS, "other_depths": MAX_BLOCKS, "head_dim": MAX_CHANNELS},
+    **{"window_size": 256, "patch_size": MAX_SIDE, "image_size": MAX_SIDE, "num_channels": 1_024, "mlp_ratio": 64},
+    "draw_emphasis": MAX_EMPHASIS,
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,8 @@ class SwinConfig:
     def __post_init__(self) -> None:
         for name in ("widths", "depths"):
             require_rising(f"model.{name}", getattr(self, name))
+        require_bounded(self, _BOUNDS)
+        require_few_subnets(self.widths, self.depths)
         for name in ("head_dim", "window_size", "patch_size", "num_channels", "mlp_ratio", "init_std"):
             require_positive(f"model.{name}", getattr(self, name))
         for width in self.widths:
@@ -103,6 +121,7 @@ class SwinConfig:
         self._require_size(name, size, own=False)
 
     def _require_size(self, name: str, size: int, *, own: bool) -> None:
+        require(size <= MAX_SIDE, name, size, f"at most {MAX_SIDE:,}")
         patch = self.patch_size
         if size > 0 and size % patch == 0 and self._can_be_cut(size, own=own):
             return

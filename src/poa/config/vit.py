@@ -7,10 +7,27 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from poa.config.checks import require, require_non_negative, require_positive, require_rising
+from poa.config.checks import (
+    MAX_BLOCKS,
+    MAX_CHANNELS,
+    MAX_EMPHASIS,
+    MAX_SIDE,
+    require,
+    require_bounded,
+    require_few_subnets,
+    require_non_negative,
+    require_positive,
+    require_rising,
+)
 
 MlpKind = Literal["gelu", "swiglu_packed", "swiglu"]
 Position = Literal["learned", "rope"]
+
+_BOUNDS = {
+    **{"widths": MAX_CHANNELS, "depths": MAX_BLOCKS, "head_dim": MAX_CHANNELS, "patch_size": MAX_SIDE},
+    **{"image_size": MAX_SIDE, "num_channels": 1_024, "mlp_ratio": 64, "num_reg_tokens": 1_024},
+    "draw_emphasis": MAX_EMPHASIS,
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,8 @@ class ViTConfig:
     def __post_init__(self) -> None:
         for name in ("widths", "depths"):
             require_rising(f"model.{name}", getattr(self, name))
+        require_bounded(self, _BOUNDS)
+        require_few_subnets(self.widths, self.depths)
         require_positive("model.head_dim", self.head_dim)
         for width in self.widths:
             require(
@@ -128,6 +147,7 @@ class ViTConfig:
 
     def require_image_size(self, name: str, size: int) -> None:
         """Raises `ConfigError` unless networks can be cut for images of that side."""
+        require(size <= MAX_SIDE, name, size, f"at most {MAX_SIDE:,}")
         nearest = max(self.patch_size, round(size / self.patch_size) * self.patch_size)
         require(
             size > 0 and size % self.patch_size == 0,

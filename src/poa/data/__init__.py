@@ -14,8 +14,10 @@ from poa.data.loader import (
     resolve_num_workers,
 )
 from poa.data.masking import batch_masks, block_mask
-from poa.data.sampler import EpochPlan
+from poa.data.sampler import EpochPlan, some_images
+from poa.data.shards import ShardSource
 from poa.data.sources import SOURCES, open_source
+from poa.data.stream import BatchStream
 from poa.data.views import ViewDraw, ViewRecipe, apply_view, draw_view
 
 __all__ = [
@@ -24,11 +26,13 @@ __all__ = [
     "BadImageLog",
     "Batch",
     "BatchLoader",
+    "BatchStream",
     "EpochPlan",
     "ImageSource",
     "LabelledImages",
     "MultiCrop",
     "MultiCropBatches",
+    "ShardSource",
     "SkippedImage",
     "ViewDraw",
     "ViewRecipe",
@@ -45,5 +49,6 @@ __all__ = [
     "open_labelled",
     "open_source",
     "resolve_num_workers",
+    "some_images",
     "with_classes_of",
 ]

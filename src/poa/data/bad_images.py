@@ -9,6 +9,7 @@ from pathlib import Path
 from poa.data.base import SkippedImage
 from poa.data.sources import check_bad_share
 from poa.errors import DataError
+from poa.files import json_value
 
 
 class BadImageLog:
@@ -71,7 +72,7 @@ def _loaded(path: Path) -> dict[str, str]:
     if len(whole) < len(content):
         path.write_bytes(whole)
     try:
-        records = [json.loads(line) for line in whole.splitlines()]
+        records = [json_value(line) for line in whole.splitlines()]
         return {str(record["name"]): str(record["reason"]) for record in records}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -29,12 +30,15 @@ class ImageSource(ABC):
         labels: the class of every image (0, 1, …), or None where the source has no labels.
         class_names: the name of every class, or None where they are not known.
         skipped: images found unusable while listing; they have no index.
+        block_sizes: where images lie in blocks that are fetched whole (shards), how many each block has: the first
+            block those of the first indices, and so on; None where any image is as near as any other.
     """
 
     spec: str
     labels: Int64[np.ndarray, " images"] | None
     class_names: tuple[str, ...] | None
     skipped: tuple[SkippedImage, ...]
+    block_sizes: Int64[np.ndarray, " blocks"] | None = None
 
     @abstractmethod
     def __init__(self, spec: str, config: DataConfig, num_channels: int) -> None: ...
@@ -57,6 +61,17 @@ class ImageSource(ABC):
             IndexError: `index` is not in 0 … len − 1.
         """
 
+    def encoded(self, index: int) -> bytes:
+        """The content of the image's file, as it is stored; where there is no file, of a PNG of what `load` gives.
+
+        Whether it can be decoded is not looked at.
+
+        Raises:
+            BadImage: it cannot be read.
+            IndexError: `index` is not in 0 … len − 1.
+        """
+        return png_of(self.load(index))
+
     @abstractmethod
     def image_name(self, index: int) -> str:
         """A name for messages, unique in the source, printable and on one line.
@@ -69,6 +84,13 @@ class ImageSource(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A SHA-256 in hexadecimal that changes when the images do."""
+
+
+def png_of(image: Image.Image) -> bytes:
+    """The image as the content of a PNG file."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def checked_index(index: int, length: int) -> int:

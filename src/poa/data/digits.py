@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from poa.config import DataConfig
-from poa.data.base import ImageSource, checked_index
+from poa.data.base import ImageSource, checked_index, png_of
 from poa.data.decode import mode_of_channels
 from poa.randomness import generator
 
@@ -47,8 +47,12 @@ class DigitsSource(ImageSource):
 
     def load(self, index: int) -> Image.Image:
         """See `ImageSource.load`."""
-        grey = Image.fromarray(self._pixels[checked_index(index, len(self))])
+        grey = self._grey(index)
         return grey if self.mode == "L" else grey.convert(self.mode)
+
+    def encoded(self, index: int) -> bytes:
+        """A grey PNG, for any number of channels."""
+        return png_of(self._grey(index))
 
     def image_name(self, index: int) -> str:
         """The digit's place among scikit-learn's 1,797."""
@@ -60,3 +64,6 @@ class DigitsSource(ImageSource):
         digest = hashlib.sha256(self._pixels.tobytes())
         digest.update(np.asarray(self.labels).tobytes())
         return digest.hexdigest()
+
+    def _grey(self, index: int) -> Image.Image:
+        return Image.fromarray(self._pixels[checked_index(index, len(self))])

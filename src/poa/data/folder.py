@@ -16,7 +16,7 @@ from PIL import Image
 
 from poa.config import DataConfig
 from poa.data.base import ImageSource, SkippedImage, checked_index, printable
-from poa.data.decode import decode_image, mode_of_channels
+from poa.data.decode import BadImage, decode_image, image_bytes, mode_of_channels
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 """File names with these endings, in upper or lower case, count as images."""
@@ -39,7 +39,7 @@ class FolderSource(ImageSource):
         self.spec = spec
         self.root = Path(spec).expanduser()
         self.num_channels = num_channels
-        self.max_pixels = config.max_pixels
+        self.max_pixels, self.max_bytes = config.max_pixels, config.max_bytes
         listing = _walk(self.root)
         listing.files.sort()
         self.num_files_seen = listing.num_files_seen
@@ -59,7 +59,17 @@ class FolderSource(ImageSource):
     def load(self, index: int) -> Image.Image:
         """See `ImageSource.load`."""
         name = self._names[checked_index(index, len(self))]
-        return decode_image(self.root / name, self.num_channels, self.max_pixels)
+        return decode_image(self.root / name, self.num_channels, self.max_pixels, self.max_bytes)
+
+    def encoded(self, index: int) -> bytes:
+        """See `ImageSource.encoded`."""
+        place = checked_index(index, len(self))
+        if self._sizes[place] > self.max_bytes:
+            raise BadImage(f"has {self._sizes[place]} bytes, more than {self.max_bytes} (data.max_bytes)")
+        try:
+            return (self.root / self._names[place]).read_bytes()
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror}") from error
 
     def image_name(self, index: int) -> str:
         """The path relative to the folder, with escapes where it does not print."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -24,6 +25,7 @@ from poa.data.base import ImageSource, SkippedImage
 from poa.data.decode import BadImage
 from poa.data.masking import batch_masks
 from poa.data.sampler import EpochPlan
+from poa.data.shards.fetch import Stop, Stopped, end_downloads_with
 from poa.errors import DataError
 from poa.randomness import generator
 
@@ -35,7 +37,7 @@ _WATCH_SECONDS = 2.0
 
 
 class Batch(NamedTuple):
-    """A micro-batch of B images.
+    """A micro-batch of B images, or this process's part of one.
 
     Attributes:
         global_crops: two of every image; view first, so that both views of an image lie B rows apart.
@@ -55,6 +57,7 @@ class Batch(NamedTuple):
 class MultiCropBatches(Dataset[Batch]):
     """Micro-batch t of a run, as item t: a pure function of the source, the plan and the configuration.
 
+    Of several processes each makes its own part (`EpochPlan.ranks`): the parts together are what one process makes.
     What is drawn for an image depends on the plan's seed, the epoch and the image's index only; the targets
     of the masks depend on the seed and t.
 
@@ -77,13 +80,15 @@ class MultiCropBatches(Dataset[Batch]):
         Raises:
             DataError: 100 images in a row cannot be read.
         """
-        epoch, indices = self.plan.position(micro_step)
+        epoch, whole = self.plan.position(micro_step)
+        part = self.plan.ranks.part(len(whole))
+        indices = whole[part]
         skipped: list[SkippedImage] = []
         crops = [self._sample(epoch, index, skipped) for index in indices.tolist()]
         return Batch(
             global_crops=torch.from_numpy(np.stack([views for views, _ in crops], axis=1)),
             local_crops=torch.from_numpy(np.stack([views for _, views in crops], axis=1)),
-            masks=torch.from_numpy(self._masks(epoch, indices, micro_step)),
+            masks=torch.from_numpy(self._masks(epoch, whole, micro_step, part)),
             indices=torch.from_numpy(indices),
             skipped=skipped,
         )
@@ -94,15 +99,19 @@ class MultiCropBatches(Dataset[Batch]):
         image, _ = first_readable(self.source, range(len(self.source)), index, skipped)
         return self._crops(image, lambda crop: generator(self.plan.seed, "augment", epoch, index, crop))
 
-    def _masks(self, epoch: int, indices: Int64[np.ndarray, " B"], micro_step: int) -> Bool[np.ndarray, "2*B N"]:
-        seed, size = self.plan.seed, len(indices)
+    def _masks(
+        self, epoch: int, whole: Int64[np.ndarray, " images"], micro_step: int, part: slice
+    ) -> Bool[np.ndarray, "_ N"]:
+        """The masks of a part of the micro-batch: how much of each row is masked is drawn for the whole."""
+        seed, size = self.plan.seed, len(whole)
 
         def rng_for_row(row: int) -> np.random.Generator:
             view, place = divmod(row, size)
-            return generator(seed, "mask", epoch, int(indices[place]), view)
+            return generator(seed, "mask", epoch, int(whole[place]), view)
 
+        rows = np.arange(NUM_GLOBAL_CROPS * size).reshape(NUM_GLOBAL_CROPS, size)[:, part].ravel()
         rng_for_targets = generator(seed, "mask targets", micro_step)
-        return batch_masks(NUM_GLOBAL_CROPS * size, self.grid, self.mask_config, rng_for_targets, rng_for_row)
+        return batch_masks(NUM_GLOBAL_CROPS * size, self.grid, self.mask_config, rng_for_targets, rng_for_row, rows)
 
 
 def first_readable(
@@ -133,25 +142,46 @@ def first_readable(
 
 
 class BatchLoader(DataLoader[ItemT]):
-    """A `DataLoader` whose `DataError`s arrive as they were raised, without a worker's traceback in them."""
+    """A `DataLoader` whose `DataError`s arrive as they were raised, without a worker's traceback in them.
+
+    Attributes:
+        stop: when it is set, or the loop over the batches is left, downloads that are under way are given up, in the
+            workers too, and the batches end.
+        on_start: called when the workers are there, before the first batch is waited for.
+    """
+
+    stop: Stop
+    on_start: Callable[[], None] | None = None
 
     def __iter__(self) -> Iterator[ItemT]:  # type: ignore[override]
-        for item in super().__iter__():
-            if isinstance(item, DataError):
-                raise item
-            yield item
+        self.stop.clear()
+        outer = None if self.num_workers else end_downloads_with(self.stop)
+        try:
+            items = super().__iter__()
+            if self.on_start is not None:
+                self.on_start()
+            for item in items:
+                if isinstance(item, DataError):
+                    raise item
+                if isinstance(item, Stopped):
+                    return
+                yield item
+        finally:
+            self.stop.set()
+            if outer is not None:
+                end_downloads_with(outer)
 
 
-class _ErrorsAsItems(Dataset[ItemT | DataError]):
-    """Gives a `DataError` back instead of raising it, so that it crosses the process unchanged."""
+class _ErrorsAsItems(Dataset[ItemT | DataError | Stopped]):
+    """Gives a `DataError` or `Stopped` back instead of raising it, so that it crosses the process unchanged."""
 
     def __init__(self, batches: Dataset[ItemT]) -> None:
         self.batches = batches
 
-    def __getitem__(self, micro_step: int) -> ItemT | DataError:
+    def __getitem__(self, micro_step: int) -> ItemT | DataError | Stopped:
         try:
             return self.batches[micro_step]
-        except DataError as error:
+        except (DataError, Stopped) as error:
             return error
 
 
@@ -172,7 +202,8 @@ def make_loader(
     """
     if num_workers == 0:
         cv2.setNumThreads(0)
-    return BatchLoader(
+    stop = Stop()
+    loader: BatchLoader[ItemT] = BatchLoader(
         _ErrorsAsItems(batches),  # type: ignore[arg-type]
         batch_size=None,
         sampler=range(first, last),
@@ -180,21 +211,24 @@ def make_loader(
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         prefetch_factor=2 if num_workers else None,
-        worker_init_fn=partial(_start_worker, os.getpid()),
+        worker_init_fn=partial(_start_worker, os.getpid(), stop),
         generator=torch.Generator(),
     )
+    loader.stop = stop
+    return loader
 
 
-def resolve_num_workers(requested: int, device_type: str) -> int:
+def resolve_num_workers(requested: int, device_type: str, num_processes: int = 1) -> int:
     """The number of worker processes: `requested`, or for -1 a number that suits the machine.
 
     Args:
         requested: `runtime.num_workers`.
         device_type: "cuda" takes all cores but one (at most 16), others half of the cores; 1 at least.
+        num_processes: processes on this machine that share its cores.
     """
     if requested >= 0:
         return requested
-    cores = _num_cores()
+    cores = _num_cores() // num_processes
     return max(1, min(_MAX_WORKERS, cores - 1) if device_type == "cuda" else cores // 2)
 
 
@@ -205,8 +239,11 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _start_worker(main_process: int, worker: int) -> None:
+def _start_worker(main_process: int, stop: Stop, worker: int) -> None:
     del worker
+    # The main process's garbage (connections, say) is not this one's to end; memory that is not touched stays shared.
+    gc.freeze()
+    end_downloads_with(stop)
     if os.name == "posix":
         threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -89,7 +89,8 @@ def batch_masks(
     config: MaskConfig,
     rng_for_targets: np.random.Generator,
     rng_for_row: Callable[[int], np.random.Generator],
-) -> Bool[np.ndarray, "rows patches"]:
+    rows: Int64[np.ndarray, " part"] | None = None,
+) -> Bool[np.ndarray, "_ patches"]:
     """The masks of a batch: `mask_targets` says how much of each row, `block_mask` which patches.
 
     Args:
@@ -98,10 +99,13 @@ def batch_masks(
         config: share of rows, range of ratios, shape of blocks.
         rng_for_targets: draws the targets.
         rng_for_row: the generator that draws a row's blocks; called for masked rows only.
+        rows: those whose masks are given back; all of them by default.
     """
     num_patches = grid[0] * grid[1]
     targets = mask_targets(num_rows, num_patches, config, rng_for_targets)
-    masks = np.zeros((num_rows, num_patches), dtype=np.bool_)
-    for row in np.flatnonzero(targets).tolist():
-        masks[row] = block_mask(grid, int(targets[row]), config, rng_for_row(row)).ravel()
+    wanted = np.arange(num_rows) if rows is None else rows
+    masks = np.zeros((len(wanted), num_patches), dtype=np.bool_)
+    for place in np.flatnonzero(targets[wanted]).tolist():
+        row = int(wanted[place])
+        masks[place] = block_mask(grid, int(targets[row]), config, rng_for_row(row)).ravel()
     return masks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from poa.config import DataConfig
 from poa.data.base import ImageSource, SkippedImage, checked_index, printable
 from poa.data.decode import decode_image, mode_of_channels
 from poa.errors import DataError
+from poa.files import json_value
 
 
 class ParquetSource(ImageSource):
@@ -33,7 +33,7 @@ class ParquetSource(ImageSource):
         mode_of_channels(num_channels)
         self.spec = spec
         self.num_channels = num_channels
-        self.max_pixels = config.max_pixels
+        self.max_pixels, self.max_bytes = config.max_pixels, config.max_bytes
         self._files = _parquet_files(Path(spec).expanduser())
         starts, present, tables = [], [np.zeros(0, bool)], []
         self._column = self._empty_column(config)
@@ -42,18 +42,18 @@ class ParquetSource(ImageSource):
             for table in self._column.read(file, config):
                 column = _encoded(table.column(config.image_column), config.image_column)
                 self._column.append(column)
-                present.append(_has_bytes(column))
+                present.append(has_bytes(column))
                 tables.append(table.select([name for name in table.column_names if name == config.label_column]))
         self._starts, has_image = np.array(starts), np.concatenate(present)
         self._rows = np.flatnonzero(has_image)
         self.skipped = tuple(
             SkippedImage(self._row_name(int(row)), "has no image bytes") for row in np.flatnonzero(~has_image)
         )
-        labels = _labels([table for table in tables if table.num_rows], config.label_column)
+        labels = labels_of([table for table in tables if table.num_rows], config.label_column)
         self.labels = None if labels is None else labels[self._rows]
-        schema = _arrow().parquet.read_schema(self._files[0])
-        self.class_names = _class_names(schema, config.label_column) if labels is not None else None
-        self._check_class_names()
+        schema = arrow().parquet.read_schema(self._files[0])
+        self.class_names = class_names_of(schema, config.label_column) if labels is not None else None
+        check_class_names(spec, self.labels, self.class_names)
 
     def _empty_column(self, config: DataConfig) -> _Column:
         """What will hold the images."""
@@ -74,8 +74,12 @@ class ParquetSource(ImageSource):
 
     def load(self, index: int) -> Image.Image:
         """See `ImageSource.load`."""
-        row = int(self._rows[checked_index(index, len(self))])
-        return decode_image(self._column[row].as_py(), self.num_channels, self.max_pixels)
+        return decode_image(self.encoded(index), self.num_channels, self.max_pixels, self.max_bytes)
+
+    def encoded(self, index: int) -> bytes:
+        """See `ImageSource.encoded`."""
+        content: bytes = self._column[int(self._rows[checked_index(index, len(self))])].as_py()
+        return content
 
     def image_name(self, index: int) -> str:
         """The file and the row in it, for example `train-0.parquet:17`."""
@@ -87,15 +91,15 @@ class ParquetSource(ImageSource):
         Raises:
             DataError: a file lacks the column.
         """
-        arrow = _arrow()
+        pa = arrow()
         values: list[Any] = []
         for file in self._files:
-            schema = arrow.parquet.read_schema(file)
+            schema = pa.parquet.read_schema(file)
             if name not in schema.names:
                 raise DataError(f"{file} has no column {name!r}; its columns are {', '.join(schema.names)}.")
-            values += arrow.parquet.ParquetFile(file).read(columns=[name]).column(name).to_pylist()
-        first = arrow.parquet.read_schema(self._files[0])
-        return [values[row] for row in self._rows.tolist()], _class_names(first, name)
+            values += pa.parquet.ParquetFile(file).read(columns=[name]).column(name).to_pylist()
+        first = pa.parquet.read_schema(self._files[0])
+        return [values[row] for row in self._rows.tolist()], class_names_of(first, name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,16 +116,6 @@ class ParquetSource(ImageSource):
     def _row_name(self, row: int) -> str:
         file = int(np.searchsorted(self._starts, row, side="right")) - 1
         return f"{printable(self._files[file].name)}:{row - int(self._starts[file])}"
-
-    def _check_class_names(self) -> None:
-        if self.class_names is None or self.labels is None or not len(self.labels):
-            return
-        highest = int(self.labels.max())
-        if highest >= len(self.class_names):
-            raise DataError(
-                f"{self.spec} has labels up to {highest} but names only {len(self.class_names)} classes in "
-                f"its metadata. Mend the file, or name another column by --data.label-column."
-            )
 
 
 class ParquetInOrder(ParquetSource):
@@ -195,9 +189,15 @@ class _RowGroups(_Column):
         return self._open[1]
 
 
-def _arrow() -> ModuleType:
+def arrow() -> ModuleType:
+    """The library that reads and writes Parquet.
+
+    Raises:
+        DataError: it is not installed.
+    """
     try:
         import pyarrow.compute
+        import pyarrow.dataset
         import pyarrow.parquet
     except ImportError as error:
         raise DataError('Parquet files need pyarrow, which is not installed: pip install "poa[parquet]"') from error
@@ -220,9 +220,9 @@ def _read(file: Path, config: DataConfig, group: int | None = None) -> Any:  # n
 @contextmanager
 def _opened(file: Path, config: DataConfig) -> Iterator[Any]:
     """The open file, which has a column of images; what goes wrong within is a `DataError`."""
-    arrow = _arrow()
+    pa = arrow()
     try:
-        with arrow.parquet.ParquetFile(file) as opened:
+        with pa.parquet.ParquetFile(file) as opened:
             names = opened.schema_arrow.names
             if config.image_column not in names:
                 raise DataError(
@@ -230,38 +230,65 @@ def _opened(file: Path, config: DataConfig) -> Iterator[Any]:
                     f"Name the one with the images by --data.image-column."
                 )
             yield opened
-    except (arrow.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())}") from error
+
+
+def row_groups(file: Path, config: DataConfig) -> Iterator[tuple[Any, Any]]:
+    """Of every row group the columns of images and labels as a table, and the encoded images; one at a time in memory.
+
+    Raises:
+        DataError: the file cannot be read, or has no such column of images.
+    """
+    with _opened(file, config) as opened:
+        num_groups = opened.num_row_groups
+    for group in range(num_groups):
+        table = _read(file, config, group)
+        yield table, _encoded(table.column(config.image_column), config.image_column)
+
+
+def write_encoded(file: Path, column: str, target: Path) -> None:
+    """Writes the encoded images of a Parquet file one after the other, with a row group in memory at a time.
+
+    Raises:
+        DataError: as `row_groups`.
+    """
+    with target.open("wb") as output:
+        for _, images in row_groups(file, DataConfig(image_column=column, label_column="")):
+            for image in images:
+                if content := image.as_buffer():
+                    output.write(content)
 
 
 def _encoded(column: Any, name: str) -> Any:  # noqa: ANN401 (pyarrow chunked arrays)
     """The column's bytes, taken out of the structs where it holds structs."""
-    arrow = _arrow()
+    pa = arrow()
     kind = column.type
-    if arrow.types.is_struct(kind) and "bytes" in [field.name for field in kind]:
-        column = arrow.compute.struct_field(column, "bytes")
-    if not (arrow.types.is_binary(column.type) or arrow.types.is_large_binary(column.type)):
+    if pa.types.is_struct(kind) and "bytes" in [field.name for field in kind]:
+        column = pa.compute.struct_field(column, "bytes")
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         raise DataError(
             f"the column {name!r} holds {kind}; images must be bytes, or a struct with a field `bytes`. "
             f"Name another column by --data.image-column."
         )
-    return column.cast(arrow.large_binary())
+    return column.cast(pa.large_binary())
 
 
-def _has_bytes(column: Any) -> np.ndarray:  # noqa: ANN401 (a pyarrow chunked array)
-    compute = _arrow().compute
+def has_bytes(column: Any) -> np.ndarray:  # noqa: ANN401 (a pyarrow chunked array)
+    """Of every row of `row_groups` whether it has an image: bytes, one or more."""
+    compute = arrow().compute
     lengths = compute.fill_null(compute.binary_length(column), 0)
     return np.asarray(lengths.to_numpy()) > 0
 
 
-def _labels(tables: list[Any], name: str) -> Int64[np.ndarray, " rows"] | None:
+def labels_of(tables: list[Any], name: str) -> Int64[np.ndarray, " rows"] | None:
     """The labels of all rows; None when a table lacks the column or a row has no label."""
-    arrow = _arrow()
+    pa = arrow()
     if not tables or any(name not in table.column_names for table in tables):
         return None
     columns = [table.column(name) for table in tables]
     for column in columns:
-        if not arrow.types.is_integer(column.type):
+        if not pa.types.is_integer(column.type):
             raise DataError(
                 f"the column {name!r} holds {column.type}; labels must be integers. Name another column by "
                 f"--data.label-column (one that does not exist leaves labels out)."
@@ -272,12 +299,26 @@ def _labels(tables: list[Any], name: str) -> Int64[np.ndarray, " rows"] | None:
     return labels if labels.min() >= 0 else None
 
 
-def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:  # noqa: ANN401 (a pyarrow schema)
+def class_names_of(schema: Any, column: str) -> tuple[str, ...] | None:  # noqa: ANN401 (a pyarrow schema)
     """The names that Hugging Face's metadata give the classes, or the classes in lists; None without metadata."""
     try:
-        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        feature = json_value((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
         feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
         names = feature["names"]
         return tuple(printable(str(name)) for name in names) if isinstance(names, list) else None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None
+
+
+def check_class_names(
+    where: str, labels: Int64[np.ndarray, " images"] | None, class_names: tuple[str, ...] | None
+) -> None:
+    """Raises `DataError` if a label has no name although there are names; `where` says what has them."""
+    if class_names is None or labels is None or not len(labels):
+        return
+    highest = int(labels.max())
+    if highest >= len(class_names):
+        raise DataError(
+            f"{where} has labels up to {highest} but names only {len(class_names)} classes in its metadata. Mend the "
+            f"file, or name another column by --data.label-column."
+        )

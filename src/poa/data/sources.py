@@ -11,11 +11,13 @@ from poa.data.base import ImageSource, SkippedImage, printable
 from poa.data.digits import SPECS, DigitsSource
 from poa.data.folder import IMAGE_EXTENSIONS, FolderSource
 from poa.data.parquet import ParquetInOrder, ParquetSource
+from poa.data.shards import ShardSource
 from poa.data.tar import TarSource
 from poa.errors import DataError
 
 SOURCES: dict[str, type[ImageSource]] = {
     "digits": DigitsSource,
+    "shards": ShardSource,
     "parquet": ParquetSource,
     "tar": TarSource,
     "folder": FolderSource,
@@ -23,8 +25,8 @@ SOURCES: dict[str, type[ImageSource]] = {
 """Every kind of source, in the order in which they are asked whether they accept a spec."""
 
 _KINDS = (
-    f"a folder of images, a .parquet or .tar file, a folder of either, a pattern like shards-{{0000..0009}}.tar, or "
-    f"{', '.join(map(repr, SPECS))}"
+    f"a folder of images, a .parquet or .tar file, a folder of either, a pattern like shards-{{0000..0009}}.tar, the "
+    f"URL of one of these, or {', '.join(map(repr, SPECS))}"
 )
 
 
@@ -35,8 +37,8 @@ def open_source(
 
     Args:
         spec: a folder of images, a .parquet or .tar file, a folder of either, a pattern like `shards-{0000..0009}.tar`,
-            "digits", "digits:train" or "digits:test".
-        config: columns, limits; its own `source` is not looked at.
+            the URL of one of these, "digits", "digits:train" or "digits:test".
+        config: columns, limits, the index and the cache of shards; its own `source` is not looked at.
         num_channels: channels of the images that `load` gives: 1, 3 or 4.
         require_labels: refuse a source without labels.
         in_order: the images will be loaded in order; Parquet then keeps one row group in memory, not all.
@@ -46,8 +48,9 @@ def open_source(
             `config.max_bad_share` of its images are unusable already in the listing.
         ConfigError: `num_channels` is not 1, 3 or 4.
     """
-    _refuse_unusable(spec)
-    kind = next((kind for kind in SOURCES.values() if kind.accepts(spec)), None)
+    if not (spec and config.index):
+        _refuse_unusable(spec)
+    kind = ShardSource if config.index else next((kind for kind in SOURCES.values() if kind.accepts(spec)), None)
     if kind is None:
         raise DataError(f"{spec!r} is not a folder, nor a regular file that can be read. Give {_KINDS}.")
     source = (ParquetInOrder if in_order and kind is ParquetSource else kind)(spec, config, num_channels)
@@ -104,7 +107,7 @@ def _share_above(share: float) -> float:
 def _refuse_unusable(spec: str) -> None:
     if not spec:
         raise DataError(f"no source of images was given. Give {_KINDS} (--data).")
-    if DigitsSource.accepts(spec):
+    if DigitsSource.accepts(spec) or ShardSource.accepts(spec):
         return
     path = Path(spec).expanduser()
     try:
@@ -142,4 +145,5 @@ def _refuse_empty(source: ImageSource) -> None:
             f"no images found in {source.spec!r}: {source.num_files_seen} files were seen, at any depth; "
             f"those ending in {', '.join(IMAGE_EXTENSIONS)} (upper or lower case) count.{listed}"
         )
-    raise DataError(f"no images found in {source.spec!r}: it has no row with image bytes.{listed}")
+    what = "its index has none" if isinstance(source, ShardSource) else "it has no row with image bytes"
+    raise DataError(f"no images found in {source.spec!r}: {what}.{listed}")

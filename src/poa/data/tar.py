@@ -22,16 +22,17 @@ class TarSource(ImageSource):
     key of the image (`0001.cls` beside `0001.jpg`, as in webdataset) where every image has one, else the first-level
     folders as in a folder of images.
 
-    Members whose names lead out of the archive, links, devices and empty files are skipped and reported.
+    Members whose names lead out of the archive, links, devices, files with holes, empty ones and those of
+    more than `data.max_bytes` are skipped and reported.
     """
 
     def __init__(self, spec: str, config: DataConfig, num_channels: int) -> None:
         mode_of_channels(num_channels)
         self.spec = spec
         self.num_channels = num_channels
-        self.max_pixels = config.max_pixels
+        self.max_pixels, self.max_bytes = config.max_pixels, config.max_bytes
         self._files = tar_files(spec)
-        index = TarIndex(self._files)
+        index = TarIndex(self._files, config.max_bytes)
         self.num_files_seen = index.num_files_seen
         self.skipped = tuple(index.skipped)
         self.labels, self.class_names = index.labels()
@@ -55,17 +56,21 @@ class TarSource(ImageSource):
 
     def load(self, index: int) -> Image.Image:
         """See `ImageSource.load`."""
+        return decode_image(self.encoded(index), self.num_channels, self.max_pixels, self.max_bytes)
+
+    def encoded(self, index: int) -> bytes:
+        """See `ImageSource.encoded`."""
         place = checked_index(index, len(self))
         size = int(self._sizes[place])
         try:
             with self._files[self._shards[place]].open("rb") as file:
                 file.seek(int(self._offsets[place]))
-                content = file.read(size)
+                content: bytes = file.read(size)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
         if len(content) < size:
             raise BadImage("the archive is shorter than when it was listed")
-        return decode_image(content, self.num_channels, self.max_pixels)
+        return content
 
     def image_name(self, index: int) -> str:
         """The archive and the name in it, for example `shard-0.tar/cat/1.jpg`."""

@@ -6,7 +6,7 @@ import hashlib
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -14,8 +14,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from poa.config import DataConfig
 from poa.data.base import SkippedImage, printable
 from poa.data.folder import is_image_name
+from poa.data.tar_headers import HeaderError, tar_members
 from poa.errors import DataError
 
 COMPRESSED = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
@@ -25,6 +27,7 @@ _MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5
 _PATTERN = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*\.tar)", re.DOTALL | re.IGNORECASE)
 _MAX_SHARDS = 1_000_000
 _MAX_CLASS_BYTES = 256
+_MAX_NAME_BYTES = 4096
 
 
 def is_tar_name(name: str) -> bool:
@@ -123,6 +126,10 @@ class _Shard:
 class TarIndex:
     """All images of a set of archives, a few tens of bytes and its name for each.
 
+    Args:
+        files: the archives.
+        max_bytes: the most that an image may have (`data.max_bytes`); larger ones are skipped and reported.
+
     Attributes:
         names: one after the other.
         ends: where each ends in `names`.
@@ -133,7 +140,8 @@ class TarIndex:
         num_files_seen: members that are no folders.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Iterable[Path], max_bytes: int = DataConfig.max_bytes) -> None:
+        self._max_bytes = max_bytes
         self.names, self.ends = bytearray(), array("q")
         self.shards, self.offsets, self.sizes = array("i"), array("q"), array("q")
         self.skipped: list[SkippedImage] = []
@@ -186,6 +194,11 @@ class TarIndex:
             self._digest.update(f"{shown_name(file, name)}\n{image.size}\n{image.modified!r}\n".encode())
 
     def _look_at(self, member: tarfile.TarInfo, stream: BinaryIO, shard_name: str, shard: _Shard) -> None:
+        if len(member.name) > _MAX_NAME_BYTES:
+            if is_image_name(member.name):
+                place = f"{shard_name}/{member.name[:100]}… at byte {member.offset}"
+                shard.skipped.append(SkippedImage(printable(place), f"has a name of more than {_MAX_NAME_BYTES} bytes"))
+            return
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
         if not parts:
             return
@@ -195,7 +208,7 @@ class TarIndex:
             shard.classes[key] = self._class_names[_class_word(member, stream, f"{shard_name}/{name}")]
         if not is_image_name(parts[-1]):
             return
-        reason = _unusable(member, parts)
+        reason = _unusable(member, parts, self._max_bytes)
         if reason is None and name in shard.images:
             # As when it is unpacked, the later member takes the place of the earlier one.
             place = f"{shard_name}/{name} at byte {shard.images.pop(name).offset}"
@@ -213,14 +226,18 @@ def shown_name(file: Path, name: str) -> str:
     return printable(f"{file.name}/{name}")
 
 
-def _unusable(member: tarfile.TarInfo, parts: Sequence[str]) -> str | None:
+def _unusable(member: tarfile.TarInfo, parts: Sequence[str], max_bytes: int) -> str | None:
     """Why a member that is called like an image cannot be one."""
     if member.name.startswith("/") or ".." in parts:
         return "its name leads out of the archive"
     if member.issym() or member.islnk():
         return "is a link"
-    if not member.isreg() or member.issparse():
+    # What is written with holes is not read as it stands, whether or not the library has understood it.
+    has_holes = member.issparse() or any(name.startswith("GNU.sparse") for name in member.pax_headers)
+    if not member.isreg() or has_holes or member.size < 0:
         return "is not a regular file"
+    if member.size > max_bytes:
+        return f"has {member.size} bytes, more than {max_bytes} (data.max_bytes)"
     return None if member.size else "is empty (zero bytes)"
 
 
@@ -244,24 +261,14 @@ def _members(file: Path) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
     """
     shown, count = printable(str(file)), 0
     try:
-        with file.open("rb") as stream, tarfile.TarFile(fileobj=stream, mode="r") as archive:
-            for member in iter(archive.next, None):
-                # The archive's own list would grow with it.
-                archive.members.clear()  # type: ignore[attr-defined]
+        with file.open("rb") as stream:
+            for member in tar_members(stream):
                 yield member, stream
                 count += 1
-            stream.seek(archive.offset)
-            end = stream.read(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read after {count} members: {error.strerror}.") from error
+    except HeaderError as error:
         raise DataError(
-            f"{shown} cannot be read as a tar archive after {count} members: {printable(reason)}. If it is cut short, "
-            f"copy it again."
+            f"{shown} cannot be read as a tar archive after {count} members: {printable(str(error))}. If it is cut "
+            f"short, copy it again, else pack it anew."
         ) from error
-    # The library takes what it cannot read for the end; the end is a block of zeros (POSIX, pax, "ustar").
-    if len(end) < tarfile.BLOCKSIZE or any(end):
-        what = "is cut short" if len(end) < tarfile.BLOCKSIZE else "is damaged"
-        raise DataError(
-            f"{shown} {what} after {count} members, at byte {archive.offset}: there is no end of the archive. "
-            f"Copy it again, or pack it anew."
-        )

@@ -1,5 +1,6 @@
 """The elastic core: sub-networks as values, and the one rule that cuts them out of a super-network."""
 
+from poa.elastic.draws import DrawMode, SubnetDraws
 from poa.elastic.reorder import ChannelGroup, channel_groups, feature_order, num_units, reordered
 from poa.elastic.slicing import (
     Axis,
@@ -20,10 +21,12 @@ __all__ = [
     "Axis",
     "ChannelGroup",
     "Cut",
+    "DrawMode",
     "Layout",
     "SearchSpace",
     "Stage",
     "Subnet",
+    "SubnetDraws",
     "Window",
     "channel_groups",
     "cut_state",

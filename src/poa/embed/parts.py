@@ -9,34 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64
 
 from poa.data import ImageSource
+from poa.data.parquet import arrow
 from poa.errors import CheckpointError, DataError
+from poa.files import json_value
 
 METADATA_KEY = b"poa.embed"
 """Where the schema's metadata, a JSON object, say what the vectors are of."""
 
 SCRATCH_PREFIX = ".scratch-"
-
-
-def arrow() -> ModuleType:
-    """The library that reads and writes Parquet.
-
-    Raises:
-        DataError: it is not installed.
-    """
-    try:
-        import pyarrow.dataset
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError('Parquet files need pyarrow, which is not installed: pip install "poa[parquet]"') from error
-    module: ModuleType = pyarrow
-    return module
 
 
 @dataclass(frozen=True)
@@ -113,7 +99,7 @@ def description(path: Path) -> dict[str, Any]:
     """
     with _as_parquet(path):
         found = (arrow().parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
-        return {} if found is None else dict(json.loads(found))
+        return {} if found is None else dict(json_value(found))
 
 
 def num_rows(path: Path) -> int:
@@ -144,7 +130,7 @@ def _as_parquet(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (arrow().ArrowException, OSError, ValueError) as error:
+    except (arrow().ArrowException, OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{path} cannot be read as Parquet: {reason}. Remove it and run the same command again."

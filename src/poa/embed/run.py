@@ -19,7 +19,7 @@ from poa.data.sources import check_bad_share
 from poa.embed.parts import SCRATCH_PREFIX, Columns, description, num_rows, opened_writer, read_part
 from poa.embed.stream import Computing, VectorBatch, stream_vectors
 from poa.errors import CheckpointError, ConfigError
-from poa.files import check_writable, write_text
+from poa.files import check_writable, json_value, write_text
 from poa.models import Candidate
 from poa.version import __version__
 
@@ -275,8 +275,10 @@ def _described(network: Candidate, source: ImageSource, options: EmbedOptions) -
 def _read_skipped(path: Path) -> tuple[SkippedImage, ...]:
     if not path.exists():
         return ()
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return tuple(SkippedImage(**json.loads(line)) for line in lines)
+    try:
+        return tuple(SkippedImage(**json_value(line)) for line in path.read_bytes().splitlines())
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Remove it and run the same command again.") from error
 
 
 def _short(value: object) -> str:

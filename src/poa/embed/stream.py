@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch.utils.data import Dataset
 
 from poa.data import BadImage, ImageSource, SkippedImage, eval_transform, make_loader, normalize
-from poa.evaluate.features import death_of_workers_in_words
+from poa.data.workers import death_of_workers_in_words
 from poa.family import Preprocessing
 from poa.models import Candidate
 

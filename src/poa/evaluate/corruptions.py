@@ -194,7 +194,7 @@ def _jpeg_compression(x: Pixels, how: _Setting, rng: np.random.Generator) -> Pix
     del rng
     file = io.BytesIO()
     _as_image(x).save(file, "JPEG", quality=int(how.numbers[0]))
-    return _as_pixels(Image.open(file))
+    return _as_pixels(Image.open(file, formats=("JPEG",)))
 
 
 def plasma(side: int, decay: float, rng: np.random.Generator) -> Float[np.ndarray, "s s"]:

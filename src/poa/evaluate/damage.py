@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from poa.config.checks import require, require_probability
 from poa.data import BadImage, ImageSource, eval_transform
+from poa.data.decode import FORMATS
 from poa.errors import ConfigError, DataError
 from poa.evaluate.corruptions import CORRUPTIONS, MIN_SIDE, NUM_SEVERITIES, corrupt
 from poa.evaluate.looks import BatchLook, Look, Shown
@@ -246,7 +247,7 @@ def _size(source: ImageSource, index: int) -> tuple[int, int]:
     file = Path(source.spec).expanduser() / source.image_name(index)
     if not file.is_file():
         return source.load(index).size
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
 
@@ -271,7 +272,7 @@ def _mask(masks: str, name: str) -> Bool[np.ndarray, "h w"]:
     if file is None:
         raise BadImage("no mask")
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImage("the mask cannot be read") from error

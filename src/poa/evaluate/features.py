@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import tempfile
 import time
@@ -20,12 +19,13 @@ from torch.utils.data import Dataset
 
 from poa.config.checks import require, require_probability
 from poa.data import BadImage, ImageSource, SkippedImage, make_loader, normalize
-from poa.errors import ConfigError, DataError
+from poa.data.workers import death_of_workers_in_words
+from poa.errors import CheckpointError, ConfigError, DataError
 from poa.evaluate.base import Vectors
 from poa.evaluate.looks import PLAIN, AnyLook, Look, Shown, salience
 from poa.evaluate.store import Slot
 from poa.family import Preprocessing
-from poa.files import write_json
+from poa.files import json_value, write_json
 from poa.models import Candidate, RunningMember
 
 MEMORY_BUDGET = 2 << 30
@@ -233,7 +233,13 @@ class _Run:
     def _read_skipped(self) -> list[tuple[int, str]]:
         if self.folder is None or not (self.folder / SKIPPED_FILE).is_file():
             return []
-        return [(index, reason) for index, reason in json.loads((self.folder / SKIPPED_FILE).read_text("utf-8"))]
+        file = self.folder / SKIPPED_FILE
+        try:
+            return [(int(index), str(reason)) for index, reason in json_value(file.read_bytes())]
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{file} is damaged: {error}. Remove {self.folder} to compute its vectors again."
+            ) from error
 
 
 class _Batch:
@@ -351,20 +357,6 @@ class _Images(Dataset[list[_Item]]):
             }
         except BadImage as error:
             return index, error.reason
-
-
-@contextmanager
-def death_of_workers_in_words() -> Iterator[None]:
-    """Within, the end of a process that reads images is a `DataError`; it may interrupt whatever is under way."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            "a process that reads images was ended from outside, most often because memory ran out. Give fewer "
-            "--num-workers, or a smaller --batch-size."
-        ) from error
 
 
 def _key(*parts: object) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from poa.data import SkippedImage
 from poa.errors import DataError
-from poa.files import write_json, write_text
+from poa.files import json_value, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,18 @@ def write_results(path: Path, report: Report, described: Mapping[str, Any]) -> N
 
 
 def read_results(lines: Iterable[str]) -> list[Result]:
-    """The results written one to a line, as `json.dumps(asdict(result))`."""
-    return [Result(**json.loads(line)) for line in lines if line.strip()]
+    """The results written one to a line, as `json.dumps(asdict(result))`.
+
+    Raises:
+        DataError: a line holds no result.
+    """
+    try:
+        found = [Result(**json_value(line)) for line in lines if line.strip()]
+        for result in found:
+            float(result.value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the results are damaged: {error!r}. Give another --out.") from error
+    return found
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from poa.files import write_json
+from poa.errors import CheckpointError
+from poa.files import read_json, write_json
 
 PROGRESS_FILE = "progress.json"
+MAX_ARRAYS = 1_024
+"""Depths of one network that vectors are kept of."""
 
 
 class Slot:
@@ -29,10 +31,7 @@ class Slot:
         self.num_rows = 0
         self.arrays: list[np.ndarray] = []
         if folder is not None and (folder / PROGRESS_FILE).is_file():
-            progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-            self.num_images, self.num_rows = progress["num_images"], progress["num_rows"]
-            files = [folder / f"{index}.npy" for index in range(progress["num_arrays"])]
-            self.arrays = [np.lib.format.open_memmap(file, "r+") for file in files]
+            self._go_on(folder)
 
     def put(self, row: int, parts: Sequence[np.ndarray]) -> None:
         """Fills rows from `row` on; the first call makes the arrays."""
@@ -58,6 +57,26 @@ class Slot:
     def rows(self) -> list[np.ndarray]:
         """The arrays, the filled rows only."""
         return [array[: self.num_rows] for array in self.arrays]
+
+    def _go_on(self, folder: Path) -> None:
+        """Takes up what is there.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        remedy = "Remove the folder to compute its vectors again."
+        progress = read_json(folder / PROGRESS_FILE, remedy=remedy)
+        counts = [progress.get(name) for name in ("num_images", "num_rows", "num_arrays")]
+        if not all(isinstance(count, int) and 0 <= count <= max(self.num_total, MAX_ARRAYS) for count in counts):
+            raise CheckpointError(f"{folder / PROGRESS_FILE} is damaged: it counts {counts}. {remedy}")
+        self.num_images, self.num_rows, num_arrays = map(int, counts)  # type: ignore[arg-type]
+        try:
+            files = [folder / f"{index}.npy" for index in range(min(num_arrays, MAX_ARRAYS))]
+            self.arrays = [np.lib.format.open_memmap(file, "r+") for file in files]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the vectors in {folder} are damaged: {error}. {remedy}") from error
+        if any(array.dtype != np.float32 or array.shape[:1] != (self.num_total,) for array in self.arrays):
+            raise CheckpointError(f"the vectors in {folder} are of other images. {remedy}")
 
     def _made(self, index: int, width: int) -> np.ndarray:
         shape = (self.num_total, width)

@@ -18,7 +18,7 @@ from poa.evaluate.features import DEFAULT_LOADING, Loading
 from poa.evaluate.intact import with_intact
 from poa.evaluate.report import Report, Result, read_results, write_csv, write_results
 from poa.evaluate.run import OnProgress, OnResult, Splits, evaluate, result_key, test_plan
-from poa.files import write_json, write_text
+from poa.files import read_json, write_json, write_text
 from poa.models import Candidate
 
 DATA_FILE = "data.json"
@@ -137,9 +137,11 @@ def _claim(file: Path, data: Splits) -> None:
     if not file.is_file():
         write_json(file, mine)
         return
-    there = json.loads(file.read_text(encoding="utf-8"))
+    there = read_json(file, remedy="Give another --out.")
     for name, part in mine.items():
         known = there.setdefault(name, part)
+        if not isinstance(known, dict) or not {"source", "fingerprint", "images"} <= known.keys():
+            raise CheckpointError(f"{file} is damaged: {name} is no description of images. Give another --out.")
         if (known["fingerprint"], known["images"]) != (part["fingerprint"], part["images"]):
             raise CheckpointError(
                 f"{file.parent} holds a sweep over other {name} images ({known['source']}); the ones now are "

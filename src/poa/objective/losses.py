@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from poa.config import ObjectiveConfig
+from poa.distributed import gathered_rows, own_row_offset
 
 
 class StudentTerms(NamedTuple):
@@ -41,9 +42,14 @@ def student_shares(config: ObjectiveConfig, *, has_elastic: bool) -> tuple[Share
     return Shares(config.intact_weight, 0.5), Shares(1.0 - config.intact_weight, 0.5)
 
 
+def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`x` in float32, or in float64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def cross_entropy(targets: Float[Tensor, "*#R K"], logits: Float[Tensor, "*#R K"], temp: float) -> Float[Tensor, "..."]:
     """−Σ_k q_k log softmax(z / temp)_k for each row. Linear in the targets, which need not sum to 1."""
-    return -(targets * F.log_softmax(logits.float() / temp, dim=-1)).sum(dim=-1)
+    return -(targets * F.log_softmax(at_least_float32(logits) / temp, dim=-1)).sum(dim=-1)
 
 
 def local_loss(targets: Float[Tensor, "G K"], logits: Float[Tensor, "L K"], temp: float) -> Float[Tensor, ""]:
@@ -90,23 +96,28 @@ def distillation_loss(intact: Float[Tensor, "R K"], elastic: Float[Tensor, "R K"
     """
     if intact.shape[0] == 0:
         return intact.new_zeros(())
-    targets = torch.softmax(intact.detach().float() / temp, dim=-1)
+    targets = torch.softmax(at_least_float32(intact.detach()) / temp, dim=-1)
     return cross_entropy(targets, elastic, temp).mean()
 
 
-def koleo_loss(x: Float[Tensor, "B C"]) -> Float[Tensor, ""]:
+def koleo_loss(x: Float[Tensor, "B C"], *, over_ranks: bool = True) -> Float[Tensor, ""]:
     """mean_i −log(‖x_i − x_nn(i)‖ + 1e-8) on L2-normalised rows: spreads them out (Sablayrolles et al., 2019).
 
     The nearest neighbour is the one of largest inner product; its choice is not differentiated. Always computed in
-    float32, also under autocast: near neighbours differ by less than bfloat16 resolves.
+    float32 or more, also under autocast: near neighbours differ by less than bfloat16 resolves.
+
+    Args:
+        x: the rows.
+        over_ranks: look for neighbours among the rows of all processes. The mean is that over one's own rows.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(x.float(), eps=1e-8, dim=-1)
+        x = F.normalize(at_least_float32(x), eps=1e-8, dim=-1)
+        everyone = gathered_rows(x) if over_ranks else x
         with torch.no_grad():
-            similarity = x @ x.T
-            similarity.fill_diagonal_(-1.0)
+            similarity = x @ everyone.T
+            similarity.diagonal(own_row_offset(len(x)) if over_ranks else 0).fill_(-1.0)
             nearest = similarity.argmax(dim=1)
-        return -torch.log(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).mean()
+        return -torch.log(F.pairwise_distance(x, everyone[nearest], eps=1e-8) + 1e-8).mean()
 
 
 def student_loss(terms: StudentTerms, config: ObjectiveConfig, shares: Shares) -> Float[Tensor, ""]:

@@ -129,9 +129,15 @@ class PoaModel(nn.Module):
 
 
 def student_terms(
-    targets: list[HeadTargets], output: BranchOutput, views: Views, temp: float, teacher: BranchOutput | None = None
+    targets: list[HeadTargets],
+    output: BranchOutput,
+    views: Views,
+    temp: float,
+    teacher: BranchOutput | None = None,
+    *,
+    koleo_over_ranks: bool = True,
 ) -> StudentTerms:
-    """One student's losses, unweighted.
+    """One student's losses, unweighted. Their means over all processes are those of the whole batch.
 
     Args:
         targets: the teacher's, for each head.
@@ -140,6 +146,8 @@ def student_terms(
         temp: the students' temperature.
         teacher: for the elastic student the intact one's output, from which it learns the same view; no gradient
             reaches it.
+        koleo_over_ranks: whether KoLeo compares with the class vectors of all processes, which must then be of one
+            sub-network.
     """
     num_rows = output.cls.shape[0]
     num_local_crops = 2 * views.local_crops.shape[0] // num_rows
@@ -148,7 +156,10 @@ def student_terms(
         local=torch.stack([local_loss(q.cls, z.local, temp) for q, z in pairs]),
         global_=torch.stack([global_loss(q.cls, z.global_, temp, num_local_crops) for q, z in pairs]),
         patch=torch.stack([patch_loss(q.patch, z.patch, views.mask_weights, temp, num_rows) for q, z in pairs]),
-        koleo=sum((koleo_loss(view) for view in output.cls.chunk(2)), start=output.cls.new_zeros(())),
+        koleo=sum(
+            (koleo_loss(view, over_ranks=koleo_over_ranks) for view in output.cls.chunk(2)),
+            start=output.cls.new_zeros(()),
+        ),
     )
     if teacher is None:
         return terms

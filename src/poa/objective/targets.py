@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from poa.config import ObjectiveConfig
+from poa.distributed import all_sum, logsumexp_over_ranks
+from poa.objective.losses import at_least_float32
 
 
 def sinkhorn_knopp(logits: Float[Tensor, "R K"], temp: float, iterations: int = 3) -> Float[Tensor, "R K"]:
@@ -16,17 +16,21 @@ def sinkhorn_knopp(logits: Float[Tensor, "R K"], temp: float, iterations: int = 
 
     Sinkhorn-Knopp as in SwAV (Caron et al., 2020) and DINOv2: each iteration gives every prototype the same mass,
     then every row. Only the logarithms of the two scaling vectors are kept, so logits of any spread stay finite.
+    With several processes the rows are those of all; each gets the targets of its own, which may be none.
     """
-    scaled = logits.float() / temp
-    log_prototypes = -torch.logsumexp(scaled, dim=0, keepdim=True)
+    scaled = at_least_float32(logits) / temp
+    log_prototypes = -logsumexp_over_ranks(scaled)
     for _ in range(iterations - 1):
         log_rows = -torch.logsumexp(scaled + log_prototypes, dim=1, keepdim=True)
-        log_prototypes = -torch.logsumexp(scaled + log_rows, dim=0, keepdim=True)
+        log_prototypes = -logsumexp_over_ranks(scaled + log_rows)
     return torch.softmax(scaled + log_prototypes, dim=1)
 
 
 class CenteredTargets(nn.Module):
-    """Targets by centring: softmax((logits − centre) / temp), the centre a moving average of batch means (DINO)."""
+    """Targets by centring: softmax((logits − centre) / temp), the centre a moving average of batch means (DINO).
+
+    The batch is that of all processes.
+    """
 
     center: Tensor
 
@@ -38,8 +42,10 @@ class CenteredTargets(nn.Module):
 
     def forward(self, logits: Float[Tensor, "R K"], temp: float) -> Float[Tensor, "R K"]:
         """The targets. The batch's mean is kept until `update_center_` takes it in."""
-        logits = logits.float()
-        self._pending.append(logits.mean(dim=0, keepdim=True))
+        logits = at_least_float32(logits)
+        total = all_sum(torch.cat([logits.sum(dim=0), logits.new_full((1,), logits.shape[0])]))
+        if total[-1] > 0:
+            self._pending.append((total[:-1] / total[-1]).unsqueeze(0))
         return torch.softmax((logits - self.center) / temp, dim=-1)
 
     def update_center_(self, *, keep: bool) -> None:
@@ -68,9 +74,10 @@ class Targets(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: Float[Tensor, "R K"], head: int, temp: float, *, patches: bool) -> Float[Tensor, "R K"]:
-        """The targets of one head's logits, of class vectors or of patches; no rows give no rows."""
-        if not math.prod(logits.shape):
-            return logits.float()
+        """The targets of one head's logits, of class vectors or of patches; no rows give no rows.
+
+        All processes call it together.
+        """
         if self.config.targets == "sinkhorn":
             return sinkhorn_knopp(logits, temp, self.config.sinkhorn_iterations)
         targets: Tensor = (self.patch_centers if patches else self.cls_centers)[head](logits, temp)

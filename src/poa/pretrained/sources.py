@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from poa.backbones.from_timm import config_from_timm
 from poa.config import ModelConfig
+from poa.data.shards.location import redacted
 from poa.errors import CheckpointError, ConfigError
 from poa.family import file_sha256, load, read_card
+from poa.tensor_file import read_tensors
 from poa.timm_models import TIMM_PREFIX, create_timm_model, is_family
 
 _DEPTH_FIELDS = ("depths", "stage2_depths", "stage3_depths")
@@ -121,17 +121,15 @@ def _from_timm(spec: str, name: str) -> PublicWeights:
         "hf_hub_id": described.get("hf_hub_id"),
         "url": described.get("url") or described.get("origin_url"),
     }
-    kept = {key: value for key, value in origin.items() if value}
+    # A directory says of itself what it likes, a URL with a password included.
+    kept = {key: redacted(str(value)[:500]) for key, value in origin.items() if value}
     return PublicWeights(spec, model.state_dict(), {"source": spec, **kept}, config_from_timm(model), model)
 
 
 def _from_file(spec: str, path: Path) -> PublicWeights:
-    try:
-        state = load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no file {path} to start from.") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path} to start from.")
+    state = read_tensors(path)
     origin = {"source": spec, "name": path.name, "license": "unknown", "sha256": file_sha256(path)}
     return PublicWeights(spec, state, origin)
 

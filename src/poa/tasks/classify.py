@@ -20,13 +20,14 @@ from torch.nn import functional as F
 from poa.config import FinetuneConfig, FitConfig
 from poa.data import LabelledImages, hold_out, normalize, with_classes_of
 from poa.errors import ConfigError, DataError, ExtractionError
-from poa.family import TOLERANCE, Preprocessing, open_timm_directory
-from poa.files import replace_directory, write_json
+from poa.family import TOLERANCE, Preprocessing
+from poa.files import read_json, replace_directory, write_json
 from poa.models import Candidate, FamilyMember, TimmCandidate
 from poa.randomness import derived_seed, generator
 from poa.tasks.fit import Task
 from poa.tasks.images import LabelBatch, MeasuredImages, SkippedImages, TrainingImages, loaded
 from poa.tasks.scores import MultiLabelScores, Scores, SingleLabelScores
+from poa.timm_directory import open_timm_directory
 from poa.timm_models import TIMM_PREFIX
 
 DEFAULT_DROP_PATH = 0.1
@@ -356,7 +357,7 @@ def _described(candidate: Candidate, whole: nn.Module, size: int) -> dict[str, A
     arguments: dict[str, Any] = {}
     architecture = shown.get("architecture")
     if not candidate.source.startswith(TIMM_PREFIX):
-        found = json.loads((Path(candidate.source) / "config.json").read_text(encoding="utf-8"))
+        found = read_json(Path(candidate.source) / "config.json")
         architecture, arguments = found["architecture"], found.get("model_args") or {}
     if size != candidate.preprocessing.image_size and hasattr(made, "set_input_size"):
         arguments = {**arguments, **_size_arguments(made, size)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from poa.errors import CheckpointError
 from poa.family import file_sha256
-from poa.files import replace_directory, write_json
+from poa.files import read_json, replace_directory, write_json
+from poa.tensor_file import read_tensors
 
 TENSORS_FILE = "state.safetensors"
 NUMBERS_FILE = "state.json"
@@ -44,13 +44,14 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """
     if not folder.exists():
         return None
+    remedy = "Remove it to start again."
+    numbers = read_json(folder / NUMBERS_FILE, remedy=remedy)
     try:
-        numbers: dict[str, Any] = json.loads((folder / NUMBERS_FILE).read_text(encoding="utf-8"))
-        if file_sha256(folder / TENSORS_FILE) != numbers["sha256"]:
-            raise CheckpointError(f"the state {folder} is damaged: its checksum differs. Remove it to start again.")
-        return load_file(folder / TENSORS_FILE), numbers
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"the state {folder} is damaged: {error!r}. Remove it to start again.") from error
+        if file_sha256(folder / TENSORS_FILE) != numbers.get("sha256"):
+            raise CheckpointError(f"the state {folder} is damaged: its checksum differs. {remedy}")
+    except OSError as error:
+        raise CheckpointError(f"the state {folder} is damaged: {error!r}. {remedy}") from error
+    return read_tensors(folder / TENSORS_FILE), numbers
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

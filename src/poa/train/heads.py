@@ -27,21 +27,16 @@ def load_heads(path: str | Path) -> ProjectionHeads | None:
     if not (run.path / CONFIG_FILE).is_file():
         return None
     config = run.saved_config()
-    found = CheckpointStore(run.checkpoints, keep=1).load_newest()
+    found = CheckpointStore(run.checkpoints, keep=1).newest()
     if config is None or found is None:
         return None
-    tensors, state = found
     family = load(run.path)
     finished = family.card.provenance.get("steps")
-    if state["step"] != finished:
+    if found.step != finished:
         raise CheckpointError(
-            f"the newest checkpoint of {run.path} is of step {state['step']}, its family of step {finished}: the heads "
+            f"the newest checkpoint of {run.path} is of step {found.step}, its family of step {finished}: the heads "
             f"do not belong to it. Name the family's directory ({run.family}) to do without them."
         )
     heads = ProjectionHeads(family.supernet.layout.features, config.heads)
-    own = {name.removeprefix(PREFIX): part for name, part in tensors.items() if name.startswith(PREFIX)}
-    try:
-        heads.load_state_dict(own, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"the heads in {run.checkpoints} do not fit {run.path / CONFIG_FILE}: {error}") from error
+    found.load_(found.tensors_of(heads, PREFIX))
     return heads.eval().requires_grad_(False)

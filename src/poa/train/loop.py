@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from poa.backbones import architecture
 from poa.config import PretrainConfig
-from poa.data import BadImageLog, Batch, EpochPlan, ImageSource, MultiCropBatches, make_loader, open_source
-from poa.errors import TrainingError
-from poa.family import Family, FamilyCard
-from poa.objective import PoaModel
-from poa.pretrained import start_from_
-from poa.randomness import derived_seed
-from poa.runtime import Runtime, resolve_runtime
+from poa.data import (
+    BadImageLog,
+    Batch,
+    BatchStream,
+    EpochPlan,
+    ImageSource,
+    MultiCropBatches,
+    SkippedImage,
+    open_source,
+)
+from poa.distributed import agreed, gathered_values, lost_processes_told, process_group, ranks_of_environment
+from poa.errors import CheckpointError, TrainingError
+from poa.runtime import resolve_runtime
 from poa.train.checkpoint import CheckpointStore, pack_state, unpack_state_
 from poa.train.interrupt import Interrupt
+from poa.train.lock import RunLock
 from poa.train.metrics import MetricsLog
-from poa.train.monitor import Monitor, preprocessing_of
-from poa.train.optim import make_optimizer
+from poa.train.monitor import Monitor
 from poa.train.report import Reporter
 from poa.train.run_directory import RunDirectory
-from poa.train.schedules import make_schedules
+from poa.train.setup import build_trainer, save_family
 from poa.train.step import StepRecord, Trainer, train_step
+from poa.train.watchdog import Watchdog
 from poa.version import __version__
+
+WAIT_SHARE = 0.3
+"""Share of the time spent waiting for images from which on the run says so."""
 
 
 @dataclass(frozen=True)
@@ -53,65 +60,44 @@ def pretrain(config: PretrainConfig, out: str | Path, reporter: Reporter | None 
     """Pre-trains a family into the run directory `out`; goes on with the run that is there.
 
     A resumed run equals one that never stopped: weights, optimiser, teacher, sub-networks, data order,
-    augmentation and loss curve, bit for bit on one CPU.
+    augmentation and loss curve, bit for bit on one CPU. Started by `torchrun`, the processes train one run together;
+    it may go on with another number of them.
 
     Raises:
         ConfigError: the configuration does not fit the data, the machine, or the run that is there.
         DataError: the images cannot be used.
-        CheckpointError: the run directory cannot be used.
-        TrainingError: losses or gradients stopped being finite.
+        CheckpointError: the run directory cannot be used, or the end of the run cannot be saved.
+        TrainingError: losses or gradients stopped being finite, or another process is gone.
     """
+    ranks = ranks_of_environment()
+    runtime = resolve_runtime(config.runtime, ranks)
     run = RunDirectory(Path(out))
-    run.check_continuation(config)
-    runtime = resolve_runtime(config.runtime)
-    source = open_source(config.data.source, config.data, config.model.num_channels)
-    plan = EpochPlan(len(source), config.train.batch_size, config.optim.accumulate, config.train.seed)
-    store = CheckpointStore(run.checkpoints, config.train.keep_checkpoints, config.train.keep_every)
-    trainer = build_trainer(config, plan.steps_per_epoch, runtime, None if store.steps() else source)
-    run.begin(config, source, runtime)
-    if trainer.start is not None:
-        run.record_start(trainer.start)
-        (reporter or Reporter()).message(f"Started from {config.init.source}: {trainer.start.tensors}.")
-    with Interrupt() as interrupt:
-        done = Loop(trainer, run, store, source, plan, reporter or Reporter()).run(interrupt)
-    num_steps = trainer.schedules.num_steps
-    if done < num_steps:
-        return RunResult(done, num_steps, None, interrupt.signal)
-    if not run.family.exists():
-        _finished_family(trainer, source, run).save(run.family)
+    reporter = reporter if reporter is not None and ranks.is_main else Reporter()
+    with process_group(ranks, runtime.device), ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.runtime.watchdog_minutes, run.path, ranks))
+        with agreed(ranks):
+            run.check_continuation(config)
+            stack.enter_context(RunLock(run.path, ranks))
+            source = open_source(config.data.source, config.data, config.model.num_channels)
+            plan = EpochPlan.of(source, config, ranks)
+            store = CheckpointStore(run.checkpoints, config.train.keep_checkpoints, config.train.keep_every, ranks)
+            stack.callback(store.close)
+            trainer = build_trainer(config, plan.steps_per_epoch, runtime, None if store.steps() else source)
+        with agreed(ranks):
+            if ranks.is_main:
+                run.begin(config, source, runtime, trainer.start)
+        with agreed(ranks):
+            run.check_is_shared()
+            loop = Loop(trainer, run, store, source, plan, reporter)
+        with Interrupt() as interrupt, lost_processes_told(ranks):
+            done = loop.run(interrupt, watchdog)
+        num_steps = trainer.schedules.num_steps
+        if done < num_steps:
+            return RunResult(done, num_steps, None, interrupt.signal or signal.SIGTERM)
+        with agreed(ranks):
+            if not run.family.exists():
+                save_family(trainer, source, run)
     return RunResult(done, num_steps, run.family, None)
-
-
-def build_trainer(
-    config: PretrainConfig, steps_per_epoch: int, runtime: Runtime, images: ImageSource | None = None
-) -> Trainer:
-    """A trainer with fresh weights, a pure function of the configuration's seed; or with those of `config.init`.
-
-    Args:
-        config: the run.
-        steps_per_epoch: optimiser steps per epoch.
-        runtime: where it computes.
-        images: where the run starts from public weights, the images that say which of their channels matter. Without
-            them the weights are fresh: for a run that goes on from a checkpoint.
-
-    Raises:
-        ConfigError: no stock network could be cut from such a family; or as `start_from_`.
-        CheckpointError, DataError: as `start_from_`.
-    """
-    backbone = architecture(config.model).build(config.model)
-    backbone.timm_model(backbone.space.intact, config.model.image_size)  # refuses what could be trained but not cut
-    model = PoaModel(backbone, config.heads, config.objective)
-    model.init_weights_(torch.Generator().manual_seed(derived_seed(config.train.seed, "weights")))
-    model.to(runtime.device)
-    start = None
-    if config.init.source and images is not None:
-        start = start_from_(model.student.backbone, config, images)
-        model.restart_teacher_()
-    if runtime.compile:
-        model.student.backbone.compile_blocks_()
-        model.teacher.backbone.compile_blocks_()
-    optimizer = make_optimizer(model.student, config.optim)
-    return Trainer(config, model, optimizer, make_schedules(config, steps_per_epoch), runtime, start)
 
 
 class Loop:
@@ -128,121 +114,159 @@ class Loop:
     ) -> None:
         config = trainer.config
         self.trainer = trainer
+        self.ranks = trainer.runtime.ranks
         self.source = source
         self.reporter = reporter
         self.out = run.path
         self.num_steps = trainer.schedules.num_steps
         self.num_bad_steps = 0
+        self.has_logged = self.has_told_of_waiting = False
         self.batches = MultiCropBatches(source, plan, config)
         self.store = store
-        self.monitor = Monitor(config, source, trainer.model.student.backbone.space)
-        self.bad_images = BadImageLog(
-            run.skipped, len(source) + len(source.skipped), config.data.max_bad_share, source.skipped
-        )
+        self.monitor = Monitor(config, source, trainer.model.student.backbone.space, speaks=self.ranks.is_main)
+        self.bad_images: BadImageLog | None = None
+        if self.ranks.is_main:
+            num_images = len(source) + len(source.skipped)
+            self.bad_images = BadImageLog(run.skipped, num_images, config.data.max_bad_share, source.skipped)
 
-    def run(self, interrupt: Interrupt) -> int:
+    def run(self, interrupt: Interrupt, watchdog: Watchdog) -> int:
         """Runs from the newest checkpoint to the end, or until interrupted; gives back the steps done."""
         first, window = self._restore()
         with ExitStack() as stack:
-            metrics = stack.enter_context(MetricsLog(self.out, first, window))
+            metrics = stack.enter_context(MetricsLog(self.out, first, window, writes=self.ranks.is_main))
             self.reporter.start(self._overview(), first, self.num_steps)
             stack.callback(self.reporter.stop)
+            if self.trainer.start is not None:
+                init = self.trainer.config.init.source
+                self.reporter.message(f"Started from {init}: {self.trainer.start.tensors}.")
             done = saved = first
-            for batches in self._micro_batches(first):
-                record = train_step(self.trainer, batches, done)
+            watchdog.beat("the first batch", first)
+            stream = stack.enter_context(self._stream(first))
+            if self.ranks.num_ranks == 1:
+                interrupt.on_signal = stream.stop  # the others would wait for this process
+            for batches in self._micro_batches(stream):
+                watchdog.beat("a step", done)
+                record = train_step(self.trainer, batches, done, is_interrupted=lambda: interrupt.signal is not None)
                 done += 1
-                self._after_step(done, record, batches, metrics)
+                self._after_step(done, record, batches, metrics, stream.waited_seconds)
                 # Steps that were not finite are not saved: the newest checkpoint stays the last good state.
-                if done % self.trainer.config.train.checkpoint_every == 0 or done == self.num_steps:
-                    self._save(done, metrics)
-                    saved = done
-                if interrupt.signal is not None:
+                if done % self.trainer.config.train.checkpoint_every == 0 and done < self.num_steps:
+                    watchdog.beat("a checkpoint", done)
+                    saved = self._save(done, metrics) or saved
+                if record.is_interrupted:
                     break
-            if done > saved:
-                self._save(done, metrics)
+                watchdog.beat("the next batch", done)
+            watchdog.beat("the last checkpoint", done)
+            self._save_last(done, saved, metrics)
         return done
 
-    def _after_step(self, done: int, record: StepRecord, batches: list[Batch], metrics: MetricsLog) -> None:
-        self.bad_images.add([bad for batch in batches for bad in batch.skipped])
+    def _after_step(
+        self, done: int, record: StepRecord, batches: list[Batch], metrics: MetricsLog, waited_seconds: float
+    ) -> None:
+        if record.num_skipped_images:
+            self._record_bad_images([bad for batch in batches for bad in batch.skipped])
         self._check_finite(done, record)
         metrics.add(record, self.trainer.config.train.batch_size)
         speed = None
         if done % self.trainer.config.train.log_every == 0 or done == self.num_steps:
-            speed = metrics.write(done, record)["images_per_second"]
+            line = metrics.write(done, record, waited_seconds)
+            speed = line["images_per_second"]
+            self._tell_of_waiting(done, line["data_wait"])
         self.reporter.step(done, record.loss, speed)
+        if (problem := self.store.poll()) is not None:
+            self.reporter.message(f"warning: {problem}")
         if self.monitor.is_due(done, self.num_steps):
             has_learnt = done > self.trainer.schedules.num_warmup_steps
             found = self.monitor.look(self.trainer.model.teacher.backbone, warn=has_learnt)
             metrics.write_monitor(done, found)
             self.reporter.monitor(done, found)
 
+    def _record_bad_images(self, own: list[SkippedImage]) -> None:
+        """Records the unreadable images of all processes; raises `DataError` on all where they are too many."""
+        found = [bad for each in gathered_values(own) for bad in each]
+        with agreed(self.ranks):
+            if self.bad_images is not None:
+                self.bad_images.add(found)
+
     def _check_finite(self, done: int, record: StepRecord) -> None:
         self.num_bad_steps = 0 if record.is_finite else self.num_bad_steps + 1
         if not record.is_finite:
             self.reporter.message(f"Step {done} was skipped: its loss or gradient was not finite.")
-        if self.num_bad_steps > self.trainer.config.train.max_skipped_steps:
-            steps = self.store.steps()
-            good = f"The last good state is {self.store.path(steps[-1])}." if steps else "There is no checkpoint yet."
+        if self.num_bad_steps <= self.trainer.config.train.max_skipped_steps:
+            return
+        self.store.wait()
+        steps = self.store.steps()
+        good = f"The last good state is {self.store.path(steps[-1])}." if steps else "There is no checkpoint yet."
+        with agreed(self.ranks):
             raise TrainingError(
                 f"{self.num_bad_steps} steps in a row were not finite, the last was step {done}. {good} "
                 "A lower --optim.base-lr or a longer --optim.warmup-epochs may help (in a new run)."
             )
 
-    def _micro_batches(self, first: int) -> Iterator[list[Batch]]:
-        num = self.trainer.config.optim.accumulate
-        runtime = self.trainer.runtime
-        if first >= self.num_steps:
-            return
-        loader = iter(
-            make_loader(
-                self.batches, first * num, self.num_steps * num, runtime.num_workers, runtime.device.type == "cuda"
+    def _tell_of_waiting(self, done: int, share: float) -> None:
+        """Says once that training waits for data; its start, when everything is slow, does not count."""
+        if share > WAIT_SHARE and self.has_logged and not self.has_told_of_waiting:
+            self.has_told_of_waiting = True
+            self.reporter.message(
+                f"Training waited for images {share:.0%} of the time before step {done}. More --runtime.num-workers "
+                f"(now {self.trainer.runtime.num_workers}), a faster source or smaller images may help; `data_wait` in "
+                "metrics.jsonl goes on counting."
             )
-        )
-        for _ in range(first, self.num_steps):
-            yield [next(loader) for _ in range(num)]
+        self.has_logged = True
 
-    def _save(self, done: int, metrics: MetricsLog) -> None:
+    def _stream(self, first: int) -> BatchStream:
+        num, runtime = self.trainer.config.optim.accumulate, self.trainer.runtime
+        last = max(first, self.num_steps) * num
+        return BatchStream(self.batches, first * num, last, runtime.num_workers, runtime.device.type == "cuda")
+
+    def _micro_batches(self, stream: BatchStream) -> Iterator[list[Batch]]:
+        """The micro-batches of each step; a step that the stream does not have whole is left out."""
+        num = self.trainer.config.optim.accumulate
+        while len(batches := list(islice(stream, num))) == num:
+            yield batches
+
+    def _save(self, done: int, metrics: MetricsLog, *, wait: bool = False) -> int | None:
+        """Begins to save, or saves; gives back the step, or None where the state is not one to go on from."""
         if self.num_bad_steps:
-            return
+            return None
         tensors = pack_state(self.trainer.model, self.trainer.optimizer)
         state = {"window": metrics.window_state(), "num_bad_steps": self.num_bad_steps, "poa": __version__}
-        self.store.save(done, tensors, state)
+        self.store.save(done, tensors, state, wait=wait)
+        return done
+
+    def _save_last(self, done: int, saved: int, metrics: MetricsLog) -> None:
+        """Saves what is not saved yet and waits for it.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if done > saved:
+            self._save(done, metrics, wait=True)
+        problem = self.store.wait()
+        with agreed(self.ranks):
+            if problem is not None:
+                raise CheckpointError(problem)
 
     def _restore(self) -> tuple[int, dict[str, list[float]] | None]:
-        found = self.store.load_newest()
-        if found is None:
+        checkpoint = self.store.newest()
+        if checkpoint is None:
             return 0, None
-        tensors, state = found
-        unpack_state_(tensors, self.trainer.model, self.trainer.optimizer)
-        self.num_bad_steps = state["num_bad_steps"]
-        return state["step"], state["window"]
+        unpack_state_(checkpoint, self.trainer.model, self.trainer.optimizer)
+        self.num_bad_steps = checkpoint.state["num_bad_steps"]
+        return checkpoint.step, checkpoint.state["window"]
 
     def _overview(self) -> dict[str, str]:
         config, space = self.trainer.config, self.trainer.model.student.backbone.space
         runtime = self.trainer.runtime.describe()
         bad = f", {len(self.source.skipped)} unusable (see skipped.jsonl)" if self.source.skipped else ""
+        where = f"{runtime['device']}, {runtime['precision']}, {runtime['num_workers']} data workers"
+        if self.ranks.num_ranks > 1:
+            mode = "fsdp" if config.parallel.mode == "fsdp" else "ddp"
+            where = f"{self.ranks.num_ranks} processes ({mode}), each: {where}"
         return {
             "images": f"{len(self.source):,} from {self.source.spec}{bad}",
             "family": f"{len(space)} sub-networks, {space.smallest} to {space.intact}",
             "steps": f"{self.num_steps:,} of {config.train.batch_size} images ({config.train.epochs:g} epochs)",
-            "on": f"{runtime['device']}, {runtime['precision']}, {runtime['num_workers']} data workers",
+            "on": where,
             "run": str(self.out),
         }
-
-
-def _finished_family(trainer: Trainer, source: ImageSource, run: RunDirectory) -> Family:
-    config = trainer.config
-    provenance: dict[str, Any] = {
-        "method": "POA (Zhang et al., ECCV 2024), weights of the teacher",
-        "poa": __version__,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data": {"source": source.spec, "num_images": len(source), "fingerprint": source.fingerprint},
-        "epochs": config.train.epochs,
-        "steps": trainer.schedules.num_steps,
-        "batch_size": config.train.batch_size,
-        "seed": config.train.seed,
-        "runtime": trainer.runtime.describe(),
-        **run.recorded_start(),
-    }
-    card = FamilyCard(architecture(config.model), config.model, preprocessing_of(config), provenance=provenance)
-    return Family(card, trainer.model.teacher.backbone)

@@ -24,11 +24,19 @@ KNN_K = 20
 class Monitor:
     """Looks at the smallest, the middle and the largest sub-network of the teacher.
 
-    The images are a fixed random sample of the training source; a fifth of them are the k-NN queries.
+    The images are a fixed random sample of the training source; a fifth of them are the k-NN queries. Of several
+    processes each looks at all of them: the teacher may be divided among them.
+
+    Args:
+        config: the run.
+        source: its images.
+        space: its sub-networks.
+        speaks: whether this process warns.
     """
 
-    def __init__(self, config: PretrainConfig, source: ImageSource, space: SearchSpace) -> None:
+    def __init__(self, config: PretrainConfig, source: ImageSource, space: SearchSpace, *, speaks: bool = True) -> None:
         self.config = config.monitor
+        self.speaks = speaks
         self.source = source
         self.how = preprocessing_of(config)
         self.subnets: list[Subnet] = space.parse_all(["smallest", "middle", "intact"])
@@ -52,7 +60,7 @@ class Monitor:
         with extract_features(networks, self.source, indices=self.indices, loading=Loading(max_bad_share=1.0)) as seen:
             found = {each.name: self._figures(seen.of(each.name).cls, seen.indices) for each in networks}
         backbone.train(training)
-        for subnet, figures in found.items() if warn else ():
+        for subnet, figures in found.items() if warn and self.speaks else ():
             if figures["rankme"] < self.config.collapse_rank:
                 warnings.warn(
                     f"the features of {subnet} have an effective rank of {figures['rankme']:.2f}: they are collapsing. "

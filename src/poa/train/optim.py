@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from poa.config import OptimConfig
+from poa.distributed import whole
 from poa.objective.poa import Branch
 from poa.train.schedules import StepValues
 
@@ -78,7 +79,7 @@ def clip_gradients_(student: Branch, max_norm: float) -> dict[str, Tensor]:
 
 def _clip(module: nn.Module, max_norm: float) -> Tensor:
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
     return norm

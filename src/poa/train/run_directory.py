@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from poa.config import PretrainConfig, from_dict, load_yaml, to_dict, to_yaml
+from poa.config.card import EnvironmentFile
 from poa.config.files import differences
 from poa.data import ImageSource
 from poa.errors import CheckpointError, ConfigError, DataError
-from poa.files import write_json, write_text
+from poa.files import read_json, write_json, write_text
 from poa.pretrained import StartReport
 from poa.runtime import Runtime
 from poa.version import __version__
@@ -26,8 +26,16 @@ START_FILE = "start.json"
 
 FREE_OPTIONS = (
     "runtime.",
+    "parallel.",
     "monitor.",
     "data.max_bad_share",
+    "data.index",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.downloads",
+    "data.retries",
+    "data.retry_seconds",
+    "data.stall_seconds",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",
@@ -87,8 +95,10 @@ class RunDirectory:
                 "Leave these options out to go on with it, or name another --out."
             )
 
-    def begin(self, config: PretrainConfig, source: ImageSource, runtime: Runtime) -> None:
-        """Writes the resolved configuration, and what this start runs on.
+    def begin(
+        self, config: PretrainConfig, source: ImageSource, runtime: Runtime, start: StartReport | None = None
+    ) -> None:
+        """Writes the resolved configuration, what this start runs on, and how it started from public weights if it did.
 
         Raises:
             DataError: the run began with other images.
@@ -104,45 +114,46 @@ class RunDirectory:
         try:
             write_text(self.path / CONFIG_FILE, to_yaml(config))
             write_json(self.path / ENVIRONMENT_FILE, {"data": data, "starts": [*starts, _environment(runtime)]})
+            if start is not None:
+                write_json(self.path / START_FILE, _described(start))
         except OSError as error:
             raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from error
 
-    def record_start(self, report: StartReport) -> None:
-        """Writes how the run started from public weights.
-
-        Raises:
-            CheckpointError: the directory cannot be written.
-        """
-        value = {
-            **report.provenance,
-            "relative_difference": report.relative_difference,
-            "tensors": to_dict(report.tensors),
-            "num_reordered_groups": report.num_reordered_groups,
-            "feature_order": list(report.feature_order),
-        }
-        try:
-            write_json(self.path / START_FILE, value)
-        except OSError as error:
-            raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from error
+    def check_is_shared(self) -> None:
+        """Raises `CheckpointError` where a process does not see what the main one wrote with `begin`."""
+        if not (self.path / CONFIG_FILE).is_file():
+            raise CheckpointError(
+                f"{self.path} is not the directory that the main process sees. All machines of a run need one shared "
+                "directory for it: name one on a shared file system (--out)."
+            )
 
     def recorded_start(self) -> dict[str, Any]:
         """`{"init": …}` of a run that started from public weights, else nothing: for the family's provenance."""
         file = self.path / START_FILE
-        return {"init": json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
+        return {"init": read_json(file)} if file.is_file() else {}
 
     def _earlier_starts(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         file = self.path / ENVIRONMENT_FILE
         if not file.exists():
             return []
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        if earlier["data"]["fingerprint"] != data["fingerprint"]:
+        earlier = from_dict(EnvironmentFile, read_json(file), str(file))
+        if earlier.data.fingerprint != data["fingerprint"]:
             raise DataError(
                 f"the images in {data['source']} are not those that this run began with "
-                f"({earlier['data']['num_images']} then, {data['num_images']} now, or other contents). "
+                f"({earlier.data.num_images} then, {data['num_images']} now, or other contents). "
                 "Restore them, or start a new run with another --out."
             )
-        starts: list[dict[str, Any]] = earlier["starts"]
-        return starts
+        return earlier.starts
+
+
+def _described(start: StartReport) -> dict[str, Any]:
+    return {
+        **start.provenance,
+        "relative_difference": start.relative_difference,
+        "tensors": to_dict(start.tensors),
+        "num_reordered_groups": start.num_reordered_groups,
+        "feature_order": list(start.feature_order),
+    }
 
 
 def _environment(runtime: Runtime) -> dict[str, Any]:

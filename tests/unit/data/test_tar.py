@@ -163,7 +163,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
     member = tarfile.BLOCKSIZE * (1 + -(-len(PNG) // tarfile.BLOCKSIZE))
     whole[member + 20] ^= 0xFF
     (tmp_path / "1.tar").write_bytes(whole)
-    with pytest.raises(DataError, match="damaged after 1 members"):
+    with pytest.raises(DataError, match="after 1 members: it is damaged"):
         opened(tmp_path / "1.tar")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from poa.deploy.export.base import Exported, Exporter, Inference, in_torch
 from poa.deploy.export.transformers import open_transformers_directory, write_transformers
-from poa.family import open_timm_directory
+from poa.timm_directory import open_timm_directory
 
 
 @dataclass(frozen=True)

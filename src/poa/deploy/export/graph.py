@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from poa.deploy.export.base import PREPROCESSING_FILE, Exported, Exporter, Inference
-from poa.files import write_json
+from poa.files import read_json, write_json
 
 NOISY = (
     "torch.onnx",
@@ -75,7 +74,7 @@ class Normalising(nn.Module):
 
 def normalised(directory: Path, run: Inference) -> Inference:
     """An opened graph that takes normalised images, whether or not it normalises itself."""
-    described = json.loads((directory / PREPROCESSING_FILE).read_text(encoding="utf-8"))
+    described = read_json(directory / PREPROCESSING_FILE)
     if not described["normalised_inside"]:
         return run
     mean = np.array(described["mean"], dtype=np.float32).reshape(-1, 1, 1)

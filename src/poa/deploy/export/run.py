@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +19,7 @@ from poa.elastic import Subnet
 from poa.errors import CheckpointError, ConfigError, PoaError
 from poa.evaluate.run import Splits
 from poa.family import Family, Verification
-from poa.files import replace_directory, write_json
+from poa.files import json_value, replace_directory, write_json
 
 RECORD_FILE = "poa.json"
 """Written last: a directory that holds it is complete."""
@@ -172,7 +171,7 @@ class _Made:
         if self.options.overwrite or not place.exists() or (place.is_dir() and not any(place.iterdir())):
             return None
         try:
-            record = json.loads((place / RECORD_FILE).read_text(encoding="utf-8"))
+            record = json_value((place / RECORD_FILE).read_bytes())
             was, wanted = record["made_of"], self.made_of(exporter, what)
             differing = [name for name in wanted if was[name] != wanted[name]]
             if not differing:

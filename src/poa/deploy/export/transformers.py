@@ -30,7 +30,7 @@ from poa.deploy.export.graph import quiet
 from poa.elastic import Subnet
 from poa.errors import ConfigError
 from poa.family import Family, Preprocessing, Verification
-from poa.files import replace_directory, write_json
+from poa.files import read_json, replace_directory, write_json
 from poa.task_head import TaskHead
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def open_transformers_directory(directory: str | Path) -> PreTrainedModel:
         ConfigError: transformers is not installed.
     """
     _require_transformers()
-    described = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    described = read_json(Path(directory) / "config.json")
     names = described.get("architectures") or ()
     classifies = bool(described.get("num_classes")) or any(name.endswith(CLASSIFIER) for name in names)
     with quiet_transformers():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from poa.data import BadImage, SkippedImage, decode_image
 from poa.data.base import printable
 from poa.data.sources import check_bad_share
 from poa.errors import DataError
+from poa.files import json_value
 from poa.tasks.dense.entries import BadEntry, as_object, entry_area, entry_box, entry_field, run_lengths
 
 
@@ -245,10 +245,10 @@ class _Reader:
 def _document(file: Path) -> dict[str, Any]:
     wanted = "a COCO annotation file: a JSON object with the lists `images`, `annotations` and `categories`"
     try:
-        document = json.loads(file.read_bytes())
+        document = json_value(file.read_bytes())
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}. Give {wanted}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{file} is no JSON file: {error}. Give {wanted}.") from error
     parts = ("images", "annotations", "categories")
     if not isinstance(document, dict) or not all(isinstance(document.get(part), list) for part in parts):
@@ -261,7 +261,7 @@ def _categories(document: dict[str, Any], file: Path) -> dict[int, str]:
     """The categories' names by id; those that share a name have their id added."""
     try:
         pairs = [(int(entry["id"]), printable(str(entry["name"]))) for entry in document["categories"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"every entry of `categories` of {file} needs a whole number `id` and a `name`.") from error
     ids = Counter(key for key, _ in pairs)
     if not pairs or max(ids.values()) > 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from poa.tasks.dense.extras import mask_api
+
+LARGEST = 100_000
+"""The largest coordinate that is read, in pixels; the library that draws polygons takes memory by their length."""
 
 
 class BadEntry(Exception):  # noqa: N818 (a finding about an entry, reported and skipped; not a PoaError)
@@ -47,9 +49,9 @@ def entry_box(bbox: Any) -> tuple[float, float, float, float]:  # noqa: ANN401
     """
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(value, int | float) for value in bbox):
         raise BadEntry(f"its bbox is {str(bbox)[:80]}, not four numbers")
-    left, top, width, height = (float(value) for value in bbox)
-    if not all(math.isfinite(value) for value in (left, top, width, height)):
-        raise BadEntry(f"its box {bbox} has a number that is not finite")
+    if not all(_is_within(value, LARGEST) for value in bbox):
+        raise BadEntry(f"its box {str(bbox)[:80]} has a number that is not finite, or beyond {LARGEST:,}")
+    left, top, width, height = map(float, bbox)
     if width <= 0 or height <= 0:
         raise BadEntry(f"its box {bbox} has no area")
     return left, top, left + width, top + height
@@ -58,7 +60,7 @@ def entry_box(bbox: Any) -> tuple[float, float, float, float]:  # noqa: ANN401
 def entry_area(entry: dict[str, Any], box: tuple[float, float, float, float]) -> float:
     """The stated area, or the box's where none is stated."""
     stated = entry.get("area")
-    if isinstance(stated, int | float) and math.isfinite(stated) and stated > 0:
+    if _is_within(stated, LARGEST**2) and stated > 0:
         return float(stated)
     return (box[2] - box[0]) * (box[3] - box[1])
 
@@ -94,5 +96,9 @@ def _is_polygon(polygon: Any) -> bool:  # noqa: ANN401
         isinstance(polygon, list)
         and len(polygon) >= 6
         and len(polygon) % 2 == 0
-        and all(isinstance(value, int | float) and math.isfinite(value) for value in polygon)
+        and all(_is_within(value, LARGEST) for value in polygon)
     )
+
+
+def _is_within(value: Any, most: int) -> bool:  # noqa: ANN401
+    return isinstance(value, int | float) and abs(value) <= most

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -23,6 +22,7 @@ from poa.data import BadImage, SkippedImage, decode_image, open_source
 from poa.data.base import printable
 from poa.data.sources import check_bad_share
 from poa.errors import DataError, PoaWarning
+from poa.files import json_value
 from poa.tasks.dense.annotations import Accepting, Instance, read_annotations
 from poa.tasks.dense.extras import mask_api
 
@@ -342,7 +342,7 @@ def read_classes(file: Path) -> PixelClasses:
     """
     wanted = f'{file} must hold {{"names": [1 to {MAX_CLASSES} names], "ignore_index": an id from 0 to 255}}'
     try:
-        described: Any = json.loads(file.read_text(encoding="utf-8"))
+        described: Any = json_value(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{wanted}; it cannot be read: {error}.") from error
     described = described if isinstance(described, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from poa.config import FitConfig
 from poa.config.segment import SegmentConfig, SegmentHead
 from poa.data import make_loader, normalize
 from poa.errors import CheckpointError, ConfigError, DataError
-from poa.files import write_json
+from poa.files import json_value, write_json
 from poa.models import Candidate
 from poa.randomness import derived_seed
 from poa.runtime import Runtime
@@ -315,10 +314,10 @@ def known_report(out: Path, shown: Sequence[int]) -> SegmentReport | None:
     if not all(path.is_file() for path in (out / RESULT_FILE, *files)):
         return None
     try:
-        found = json.loads((out / RESULT_FILE).read_text(encoding="utf-8"))
-        predictions = tuple(np.array(Image.open(file)) for file in files)
+        found = json_value((out / RESULT_FILE).read_bytes())
+        predictions = tuple(np.array(Image.open(file, formats=("PNG",))) for file in files)
         return SegmentReport(found["figures"], found["best_epoch"], tuple(found["history"]), predictions, is_known=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
         raise CheckpointError(f"the result in {out} is damaged: {error!r}. Remove it to compute it again.") from error
 
 
