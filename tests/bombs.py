@@ -11,7 +11,6 @@ from PIL import Image
 
 from tests.hostile_images import encoded, picture
 
-
 COMMENT_WITH_ENDS = b"\xff\xfe\x00\x06\xff\xd9\xff\xd9"
 """A JPEG comment that holds what ends an image."""
 

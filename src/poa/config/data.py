@@ -28,7 +28,8 @@ class DataConfig:
     max_bytes: int = 256 * 2**20
     """Images with more encoded bytes than this are refused unread (they are reported like unreadable ones)."""
     index: str = ""
-    """Shards: the file or URL of their index; by default poa-index.safetensors beside them. `poa data index` makes it."""
+    """Shards: the file or URL of their index, which `poa data index` makes; by default poa-index.safetensors beside
+    them."""
     window: int = 16
     """Shards: how many are shuffled together. The cache holds those of two windows in every lane."""
     lanes: int = 1

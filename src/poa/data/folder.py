@@ -16,7 +16,7 @@ from PIL import Image
 
 from poa.config import DataConfig
 from poa.data.base import ImageSource, SkippedImage, checked_index, printable
-from poa.data.decode import BadImage, decode_image, image_bytes, mode_of_channels
+from poa.data.decode import BadImage, decode_image, mode_of_channels
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 """File names with these endings, in upper or lower case, count as images."""

@@ -82,6 +82,7 @@ def pretrain(config: PretrainConfig, out: str | Path, reporter: Reporter | None 
             plan = EpochPlan.of(source, config, ranks)
             store = CheckpointStore(run.checkpoints, config.train.keep_checkpoints, config.train.keep_every, ranks)
             stack.callback(store.close)
+        with agreed(ranks):
             trainer = build_trainer(config, plan.steps_per_epoch, runtime, None if store.steps() else source)
         with agreed(ranks):
             if ranks.is_main:

@@ -125,5 +125,5 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")

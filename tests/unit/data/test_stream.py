@@ -1,5 +1,6 @@
 """Batches whose shards are fetched ahead."""
 
+import itertools
 import multiprocessing
 import threading
 import time
@@ -195,7 +196,7 @@ def test_other_sources_stream_as_they_load():
 
 
 def test_the_time_that_training_waits_is_counted(monkeypatch):
-    clock = iter(range(0, 1000, 3))
+    clock = itertools.count(step=3)
     monkeypatch.setattr("poa.data.stream.time.monotonic", lambda: next(clock))
     with BatchStream(make_batches(), 0, 4, 0, pin_memory=False) as stream:
         assert stream.waited_seconds == 0

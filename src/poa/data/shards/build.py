@@ -71,14 +71,14 @@ def _local_names(folder: Path) -> tuple[str, ...]:
 
 
 def _remote_names(base: str, config: DataConfig) -> tuple[str, ...]:
-    with filesystem_of(base, config.stall_seconds) as (filesystem, path):
-        try:
-            entries = filesystem.ls(path, detail=False)
-        except Exception as error:
-            raise DataError(
-                f"{redacted(base)} cannot be listed ({redacted(str(error))[:200]}). Name the shards by a pattern like "
-                f"shards-{{0000..0199}}.tar."
-            ) from error
+    filesystem, path = filesystem_of(base, config.stall_seconds)
+    try:
+        entries = filesystem.ls(path, detail=False)
+    except Exception as error:
+        raise DataError(
+            f"{redacted(base)} cannot be listed ({redacted(str(error))[:200]}). Name the shards by a pattern like "
+            f"shards-{{0000..0199}}.tar."
+        ) from error
     return tuple(str(entry).rstrip("/").rpartition("/")[2] for entry in entries)
 
 

@@ -148,8 +148,7 @@ def publish(part: Path, target: Path) -> None:
     part.replace(target)
 
 
-@contextmanager
-def filesystem_of(url: str, stall_seconds: float) -> Iterator[tuple[Any, str]]:
+def filesystem_of(url: str, stall_seconds: float) -> tuple[Any, str]:
     """A fresh file system of fsspec for a URL, and the path in it.
 
     Raises:
@@ -160,13 +159,13 @@ def filesystem_of(url: str, stall_seconds: float) -> Iterator[tuple[Any, str]]:
     scheme = urlsplit(url).scheme.lower()
     try:
         options = _http_options(stall_seconds) if scheme in ("http", "https") else {}
-        found = fsspec.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **options)
+        found: tuple[Any, str] = fsspec.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **options)
     except ImportError as error:
         how = f'pip install "poa[{_EXTRAS[scheme]}]"' if scheme in _EXTRAS else f"{error}"
         raise DataError(f"{scheme}:// needs a driver that is not installed: {how}") from error
     except ValueError as error:
         raise DataError(f"{redacted(url)} cannot be read: {redacted(str(error))}.") from error
-    yield found
+    return found
 
 
 def _http_options(stall_seconds: float) -> dict[str, Any]:
@@ -202,8 +201,8 @@ class _Download(threading.Thread):
                     raise Stopped
 
         try:
-            with filesystem_of(self.url, self.stall_seconds) as (filesystem, path):
-                filesystem.get_file(path, str(self.part), callback=Progress())
+            filesystem, path = filesystem_of(self.url, self.stall_seconds)
+            filesystem.get_file(path, str(self.part), callback=Progress())
         except Exception as error:  # noqa: BLE001 (every driver raises errors of its own; all are reported)
             self.error = error
 

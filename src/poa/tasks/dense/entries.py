@@ -59,7 +59,7 @@ def entry_box(bbox: Any) -> tuple[float, float, float, float]:  # noqa: ANN401
 
 def entry_area(entry: dict[str, Any], box: tuple[float, float, float, float]) -> float:
     """The stated area, or the box's where none is stated."""
-    stated = entry.get("area")
+    stated: Any = entry.get("area")
     if _is_within(stated, LARGEST**2) and stated > 0:
         return float(stated)
     return (box[2] - box[0]) * (box[3] - box[1])
