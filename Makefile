@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-browser browser docs lint format bench clean
+.PHONY: help setup demo test test-slow test-browser browser test-netns netns docs lint format bench clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,12 @@ test-browser: $(READY) ## Run the tests of the report's page in Chromium (`make 
 browser: ## Install Chromium and its driver, where they are not, with Debian's package manager (as root).
 	{ command -v chromium && command -v chromedriver; } >/dev/null || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver; }
+
+test-netns: $(READY) ## Run two hosts in network namespaces (as root; `make netns` installs what they need on Debian).
+	POA_REQUIRE_NETNS=1 $(BIN)/python -m pytest -m slow tests/integration/test_hosts.py
+
+netns: ## Install `ip`, where it is not, with Debian's package manager (as root).
+	command -v ip >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq iproute2; }
 
 docs: $(READY) ## Build the documentation into site/; a broken link is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -132,7 +132,8 @@ def picture(sampler: Sampler, path: Path) -> None:
     for axis, samples, title in zip(axes, (sampler.training, sampler.workers), ("training", "workers"), strict=True):
         for colour, name in zip(COLOURS, QUANTITIES[:2], strict=False):
             axis.plot(sampler.steps, [each[name] for each in samples], color=colour, label=name)
-        axis.set(title=title, xlabel="step", ylabel="MiB", ylim=(0, None))
+        highest = max(each["resident MiB"] for each in samples)
+        axis.set(title=title, xlabel="step", ylabel="MiB", ylim=(0, 1.1 * highest))
         axis.legend(frameon=False)
     save_figure(figure, path)
 

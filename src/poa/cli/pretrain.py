@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import tyro
 
 from poa.config import PretrainConfig, from_dict, load_recipe, load_yaml, recipe_names, to_dict
 from poa.config.files import merged
-from poa.errors import ConfigError, PoaWarning
+from poa.errors import ConfigError, PoaError, PoaWarning
 
 DEFAULT_RECIPE = "vit-s16"
 
@@ -38,19 +39,30 @@ class Pretrain:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the command; exit status 0, or 128 + signal when stopped by one."""
-    config, out = parse(arguments)
+    config, out = _parsed_once(arguments)
     from poa.distributed import ranks_of_environment
     from poa.train import ConsoleReporter, pretrain
 
     result = pretrain(config, out, ConsoleReporter())
-    if not ranks_of_environment().is_main:
+    ranks = ranks_of_environment()
+    if not ranks.is_main:
         return 0 if result.family else 128 + (result.signal or 0)
     if result.family is None:
         print(f"Stopped after step {result.step} of {result.num_steps}; saved.", file=sys.stderr)
-        print(f"Go on with: poa pretrain --out {out}", file=sys.stderr)
+        how = "poa pretrain" if ranks.num_ranks == 1 else "torchrun … -m poa pretrain"
+        print(f"Go on with: {how} --out {out}", file=sys.stderr)
         return 128 + (result.signal or 0)
     print(f"The family is in {result.family}. See its sub-networks with: poa subnets {out}")
     return 0
+
+
+def _parsed_once(arguments: Sequence[str]) -> tuple[PretrainConfig, Path]:
+    """As `parse`; of the processes that torchrun starts with the same arguments one tells what is wrong with them."""
+    try:
+        return parse(arguments)
+    except PoaError as error:
+        error.is_told = os.environ.get("RANK", "0") != "0"
+        raise
 
 
 def parse(arguments: Sequence[str]) -> tuple[PretrainConfig, Path]:
