@@ -41,6 +41,17 @@ MODELS = {
     "vit": ViTConfig(
         widths=(16, 32), depths=(1, 2), head_dim=16, patch_size=2, image_size=8, num_channels=1, init_values=0.1
     ),
+    # Of so many sub-networks that those of nearly equal cost differ.
+    "wide vit": ViTConfig(
+        widths=(16, 32, 48, 64),
+        depths=(1, 2, 3, 4),
+        head_dim=16,
+        patch_size=2,
+        image_size=8,
+        num_channels=1,
+        init_values=0.1,
+        draw_emphasis=1.0,
+    ),
     "convnext": ConvNeXtConfig(widths=(4, 8), depths=(1, 2), other_depths=(1, 1, 1), image_size=32, num_channels=1),
     "swin": SwinConfig(
         widths=(8, 16),

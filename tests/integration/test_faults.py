@@ -179,18 +179,23 @@ def test_a_second_run_into_a_directory_is_refused_and_reading_it_is_not(folder, 
     succeed(folder, *RUN)
 
 
+def descendants(process):
+    tasks = Path(f"/proc/{process}/task")
+    found = [int(each) for task in tasks.glob("*") for each in (task / "children").read_text().split()]
+    return [*found, *(each for child_process in found for each in descendants(child_process))]
+
+
 def test_sigusr1_stops_a_run_as_sigterm_does_though_all_its_processes_get_it(folder, whole):
     command = Command(folder, *RUN, "--runtime.num-workers", "1")
     assert command.wait_until(lambda: last_step(folder / "run") >= 7)
-    workers = Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children")
-    for process in workers.read_text().split() if workers.exists() else []:
-        os.kill(int(process), signal.SIGUSR1)
+    for process in descendants(command.process.pid):
+        os.kill(process, signal.SIGUSR1)
     command.kill(signal.SIGUSR1)
     found = command.wait()
     assert found.status == 128 + signal.SIGUSR1, found.err
     saved = steps_saved(folder / "run")[-1]
     assert f"Stopped after step {saved} of {NUM_STEPS}; saved." in found.err
-    assert f"Resuming after step {saved}" in succeed(folder, "pretrain", "--out", "run").err
+    assert f"Resuming after step {saved}" in succeed(folder, *RUN).err
     assert_ends_as(whole, folder)
 
 

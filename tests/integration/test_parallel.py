@@ -17,8 +17,8 @@ SHARED = [
     Case(patch_start_epoch=0.5, num_steps=6, mode="fsdp"),
 ]
 OWN = [
-    Case(draws="cost-bucket", accumulate=2, num_steps=8),
-    Case(draws="cost-bucket", mode="fsdp", accumulate=2, checkpoint_activations=True, num_steps=8),
+    Case("wide vit", draws="cost-bucket", accumulate=2, num_steps=8),
+    Case("wide vit", draws="cost-bucket", mode="fsdp", accumulate=2, checkpoint_activations=True, num_steps=8),
     Case(draws="independent", targets="centering", num_steps=8),
     Case(draws="independent", targets="centering", mode="fsdp", num_steps=8),
 ]
@@ -31,12 +31,12 @@ MANY = [
     Case(mode="fsdp", targets="centering", accumulate=2, batch_size=16),
     Case(draws="independent"),
     Case(mode="fsdp", shard_size=2),
-    Case(mode="fsdp", shard_size=2, draws="cost-bucket", checkpoint_activations=True),
+    Case("wide vit", mode="fsdp", shard_size=2, draws="cost-bucket", checkpoint_activations=True),
     Case(mode="fsdp", shard_size=1, targets="centering", num_steps=10),
-    Case(draws="cost-bucket"),
+    Case("wide vit", draws="cost-bucket"),
     Case(draws="independent", mode="fsdp"),
     Case(model="swin", mode="fsdp", checkpoint_activations=True, num_steps=10),
-    Case(model="swin", draws="cost-bucket", num_steps=10),
+    Case(model="swin", draws="independent", num_steps=10),
     Case(model="resnet", mode="fsdp", draws="cost-bucket", num_steps=10),
     Case(model="resnet", checkpoint_activations=True, num_steps=10),
 ]
@@ -88,7 +88,7 @@ def test_two_processes_give_the_losses_gradients_and_weights_of_one(two, case):
 def test_processes_that_draw_subnets_of_their_own_give_the_mean_of_their_gradients(two, case):
     assert_equal(two, case)
     assert two.outcomes[case].subnets == two.alone[case.alone].subnets
-    assert any(step[0] != step[1] for step in two.outcomes[case].subnets)
+    assert sum(step[0] != step[1] for step in two.outcomes[case].subnets) > 3
 
 
 @pytest.mark.parametrize("case", FLOAT32, ids=str)
@@ -122,6 +122,7 @@ def test_targets_and_koleo_of_all_rows_are_those_of_one_process_whatever_rows_ea
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_four_processes_give_what_one_gives(four, case):
     assert_equal(four, case)
+    assert case.draws == "shared" or any(len(set(step)) > 1 for step in four.outcomes[case].subnets)
 
 
 @pytest.mark.slow

@@ -49,8 +49,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if result.family else 128 + (result.signal or 0)
     if result.family is None:
         print(f"Stopped after step {result.step} of {result.num_steps}; saved.", file=sys.stderr)
-        how = "poa pretrain" if ranks.num_ranks == 1 else "torchrun … -m poa pretrain"
-        print(f"Go on with: {how} --out {out}", file=sys.stderr)
+        also = "" if ranks.num_ranks == 1 else " (alone, or by torchrun with any number of processes)"
+        print(f"Go on with: poa pretrain --out {out}{also}", file=sys.stderr)
         return 128 + (result.signal or 0)
     print(f"The family is in {result.family}. See its sub-networks with: poa subnets {out}")
     return 0

@@ -190,7 +190,7 @@ def make_loader(
 ) -> BatchLoader[ItemT]:
     """Items first … last − 1 of a data set of batches in order; the same ones for any number of workers.
 
-    Workers run one thread each and leave SIGINT and SIGTERM to this process. Without workers, OpenCV is set
+    Workers run one thread each and leave SIGINT, SIGTERM and SIGUSR1 to this process. Without workers, OpenCV is set
     to one thread in this process: on crops of this size its threads cost more than they give.
 
     Args:
@@ -246,8 +246,9 @@ def _start_worker(main_process: int, stop: Stop, worker: int) -> None:
     end_downloads_with(stop)
     if os.name == "posix":
         threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 

@@ -9,7 +9,8 @@ from poa.distributed.collectives import (
     lost_processes_told,
     own_row_offset,
 )
-from poa.distributed.ranks import ONE, Ranks, is_started, process_group, ranks_of_environment
+from poa.distributed.meeting import process_group
+from poa.distributed.ranks import ONE, Ranks, is_started, ranks_of_environment
 from poa.distributed.tensors import own_part, whole
 
 __all__ = [

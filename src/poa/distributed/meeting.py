@@ -1,17 +1,55 @@
-"""How processes that were started again find each other, and not those that they replace."""
+"""How processes find each other; those that were started again find each other, and not those that they replace."""
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
+from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from poa.distributed.ranks import Ranks
+from poa.errors import ConfigError
+
+START_UP_TIME = timedelta(minutes=30)
+"""How long a process waits for the others."""
 
 _POLL_SECONDS = 0.05
+
+
+@contextmanager
+def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Within, the processes of `ranks` can talk to each other; a single one has nothing to start.
+
+    Tensors on CUDA devices travel by NCCL, those on the CPU by gloo.
+
+    Raises:
+        ConfigError: the processes do not find each other.
+    """
+    if ranks.num_ranks == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    own = device if device.type == "cuda" else None
+    try:
+        store = meet(ranks, START_UP_TIME)
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.num_ranks, timeout=START_UP_TIME, device_id=own
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"process {ranks.rank} of {ranks.num_ranks} does not find the others: {error}. Look at MASTER_ADDR, "
+            "MASTER_PORT and the network between the machines."
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def meet(ranks: Ranks, timeout: timedelta) -> Store:

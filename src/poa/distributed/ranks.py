@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 
-import torch
 from torch import distributed as dist
 
 from poa.errors import ConfigError
-
-START_UP_TIME = timedelta(minutes=30)
-"""How long a process waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -72,30 +66,3 @@ def ranks_of_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
 def is_started() -> bool:
     """Whether this process belongs to a group of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-@contextmanager
-def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Within, the processes of `ranks` can talk to each other; a single one has nothing to start.
-
-    Tensors on CUDA devices travel by NCCL, those on the CPU by gloo.
-
-    Raises:
-        ConfigError: the processes do not find each other.
-    """
-    if ranks.num_ranks == 1:
-        yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    own = device if device.type == "cuda" else None
-    try:
-        dist.init_process_group(backend, timeout=START_UP_TIME, device_id=own)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"process {ranks.rank} of {ranks.num_ranks} does not find the others: {error}. Look at MASTER_ADDR, "
-            "MASTER_PORT and the network between the machines."
-        ) from error
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

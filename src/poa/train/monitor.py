@@ -9,7 +9,7 @@ import torch
 
 from poa.backbones.base import Backbone
 from poa.config import PretrainConfig
-from poa.data import ImageSource
+from poa.data import ImageSource, some_images
 from poa.elastic import SearchSpace, Subnet
 from poa.errors import PoaWarning
 from poa.evaluate import Loading, extract_features, knn_accuracies, rankme
@@ -40,8 +40,7 @@ class Monitor:
         self.source = source
         self.how = preprocessing_of(config)
         self.subnets: list[Subnet] = space.parse_all(["smallest", "middle", "intact"])
-        order = generator(config.train.seed, "monitor").permutation(len(source))
-        self.indices: np.ndarray = np.sort(order[: self.config.num_images])
+        self.indices: np.ndarray = some_images(source, self.config.num_images, generator(config.train.seed, "monitor"))
         self.is_query = generator(config.train.seed, "monitor queries").random(len(self.indices)) < 0.2
 
     def is_due(self, step: int, num_steps: int) -> bool:

@@ -69,6 +69,7 @@ def num_fetched(server):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_fetches_every_shard_once_and_any_number_of_workers_gives_the_same(server, config, num_workers):
+    config = replace(config, data=replace(config.data, cache_gb=1.0))
     batches = batches_of(server, config)
     num = batches.plan.steps_per_epoch
     with BatchStream(batches, 0, num, num_workers, pin_memory=False) as stream:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,8 +134,13 @@ class ShardCache:
             except DiskFull as error:
                 raise DataError(f"the disk of {self.folder} is full. Name another by --data.cache-dir.") from error
 
-    def ensure(self, shard: CachedShard, stop: Stop | None = None) -> Path:
+    def ensure(self, shard: CachedShard, stop: Stop | None = None, keep: Collection[str] = ()) -> Path:
         """The shard's file, fetched where it is not there.
+
+        Args:
+            shard: the shard.
+            stop: set when it is no longer wanted.
+            keep: keys of shards that give way last, however long ago they were used.
 
         Raises:
             DataError: it cannot be fetched, or the disk is full.
@@ -146,7 +151,7 @@ class ShardCache:
             if not self.touch(shard):
                 with self._shard_lock(shard.key, stop) as lock:
                     if not self.touch(shard):
-                        self._bring(shard, path, lock, stop)
+                        self._bring(shard, path, lock, stop, keep)
         except OSError as error:
             raise self._unusable(error) from error
         return path
@@ -171,9 +176,9 @@ class ShardCache:
             f"--data.cache-dir."
         )
 
-    def _bring(self, shard: CachedShard, path: Path, lock: int, stop: Stop | None) -> None:
+    def _bring(self, shard: CachedShard, path: Path, lock: int, stop: Stop | None, keep: Collection[str]) -> None:
         while True:
-            self._reserve(shard, lock, stop)
+            self._reserve(shard, lock, stop, keep)
             try:
                 return self._fetch(shard, path, stop)
             except DiskFull as error:
@@ -208,13 +213,13 @@ class ShardCache:
             scratch.unlink(missing_ok=True)
             flat.unlink(missing_ok=True)
 
-    def _reserve(self, shard: CachedShard, lock: int, stop: Stop | None) -> None:
+    def _reserve(self, shard: CachedShard, lock: int, stop: Stop | None, keep: Collection[str]) -> None:
         """Makes room for a shard within the bound, and notes in its lock file how much is taken."""
         while True:
             with self._room_lock():
                 reserved = self._clear_left_overs(besides=shard.key)
                 if (room := self.limit - reserved - shard.space) >= 0:
-                    self._evict(room)
+                    self._evict(room, keep)
                     os.ftruncate(lock, 0)
                     os.pwrite(lock, str(shard.space).encode(), 0)
                     return
@@ -233,9 +238,9 @@ class ShardCache:
                 f"Free some, or name another directory by --data.cache-dir."
             ) from error
 
-    def _evict(self, limit: int) -> None:
-        """Removes the least recently used shards until at most `limit` bytes are left."""
-        kept = sorted(self._kept())
+    def _evict(self, limit: int, keep: Collection[str] = ()) -> None:
+        """Removes the least recently used shards, those of `keep` last, until at most `limit` bytes are left."""
+        kept = sorted(self._kept(), key=lambda each: (each[2].name in keep, each))
         total = sum(size for _, size, _ in kept)
         for _, size, path in kept:
             if total <= limit:

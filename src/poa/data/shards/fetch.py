@@ -121,6 +121,7 @@ def fetch(url: str, target: Path, config: DataConfig, content: Content | None = 
         DiskFull: it does not fit the disk.
         Stopped: `stop` was set.
     """
+    load_driver(url)
     begin = time.monotonic()
     reason = ""
     for attempt in range(config.retries + 1):
@@ -148,8 +149,8 @@ def publish(part: Path, target: Path) -> None:
     part.replace(target)
 
 
-def filesystem_of(url: str, stall_seconds: float) -> tuple[Any, str]:
-    """A fresh file system of fsspec for a URL, and the path in it.
+def load_driver(url: str) -> str:
+    """Loads what reads the URL; gives back its scheme.
 
     Raises:
         DataError: its driver is not known or not installed.
@@ -158,13 +159,25 @@ def filesystem_of(url: str, stall_seconds: float) -> tuple[Any, str]:
 
     scheme = urlsplit(url).scheme.lower()
     try:
-        options = _http_options(stall_seconds) if scheme in ("http", "https") else {}
-        found: tuple[Any, str] = fsspec.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **options)
+        fsspec.get_filesystem_class(scheme)
     except ImportError as error:
         how = f'pip install "poa[{_EXTRAS[scheme]}]"' if scheme in _EXTRAS else f"{error}"
         raise DataError(f"{scheme}:// needs a driver that is not installed: {how}") from error
     except ValueError as error:
         raise DataError(f"{redacted(url)} cannot be read: {redacted(str(error))}.") from error
+    return scheme
+
+
+def filesystem_of(url: str, stall_seconds: float) -> tuple[Any, str]:
+    """A fresh file system of fsspec for a URL, and the path in it.
+
+    Raises:
+        DataError: as `load_driver`.
+    """
+    import fsspec
+
+    options = _http_options(stall_seconds) if load_driver(url) in ("http", "https") else {}
+    found: tuple[Any, str] = fsspec.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **options)
     return found
 
 

@@ -53,6 +53,7 @@ class Prefetcher:
         self._now = self._next = 0
         self._coming: deque[tuple[int, list[CachedShard]]] = deque()
         self._uses: Counter[CachedShard] = Counter()
+        self._keys: set[str] = set()
         self._downloads: dict[CachedShard, Future[Path]] = {}
         self._failed: dict[CachedShard, float] = {}
         self._was_there: set[CachedShard] = set()
@@ -109,6 +110,7 @@ class Prefetcher:
                 self._uses[shard] -= 1
                 if not self._uses[shard]:
                     del self._uses[shard]
+                    self._keys.discard(shard.key)
                     self._was_there.discard(shard)
                     self._downloads.pop(shard, None)
         self._next = max(self._next, self._now)
@@ -122,6 +124,7 @@ class Prefetcher:
             if total > self.source.cache.limit and self._coming:
                 return
             self._uses.update(shards)
+            self._keys.update(shard.key for shard in shards)
             self._coming.append((self._next, shards))
             self._next += 1
 
@@ -145,7 +148,7 @@ class Prefetcher:
         if self.source.cache.touch(shard):
             self._was_there.add(shard)
             return
-        self._downloads[shard] = pool.submit(self.source.cache.ensure, shard, self._stop)
+        self._downloads[shard] = pool.submit(self.source.cache.ensure, shard, self._stop, self._keys)
         if shard in self._was_there:
             self._was_there.remove(shard)
             self._count_loss()
