@@ -4,10 +4,10 @@ import os
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from poa import patient_file
 from poa.errors import PoaWarning
-from poa.train import patient_file
+from poa.patient_file import PatientFile
 from poa.train.curves import Curves
-from poa.train.patient_file import PatientFile
 
 
 class Disk:

@@ -10,12 +10,13 @@ from poa.data.base import SkippedImage
 from poa.data.sources import check_bad_share
 from poa.errors import DataError
 from poa.files import json_value
+from poa.patient_file import PatientFile
 
 
 class BadImageLog:
     """A file with one JSON object {"name", "reason"} per unusable image, each image once.
 
-    An existing file is read first, so a resumed run keeps its count.
+    An existing file is read first, so a resumed run keeps its count. What a full disk does not take is written later.
 
     Args:
         path: the JSON-lines file; made (with its folder) when the first image is recorded.
@@ -32,6 +33,7 @@ class BadImageLog:
         self.num_images = num_images
         self.max_share = max_share
         self._bad = _loaded(path)
+        self._file: PatientFile | None = None
         self.add(already)
 
     @property
@@ -51,10 +53,14 @@ class BadImageLog:
                 self._bad[name] = reason
                 lines.append(json.dumps({"name": name, "reason": reason}) + "\n")
         if lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+            self._opened().write("".join(lines).encode())
         self._check()
+
+    def _opened(self) -> PatientFile:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = PatientFile(self.path)
+        return self._file
 
     def _check(self) -> None:
         if self.count <= self.max_share * self.num_images:

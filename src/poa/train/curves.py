@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from poa.train.patient_file import PatientFile
+from poa.patient_file import PatientFile
 
 
 class Curves:

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from poa.files import write_text
+from poa.patient_file import PatientFile
 from poa.train.curves import Curves
-from poa.train.patient_file import PatientFile
 from poa.train.step import StepRecord
 
 METRICS_FILE = "metrics.jsonl"

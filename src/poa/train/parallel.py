@@ -47,7 +47,8 @@ class Replicated(Alone):
     """Every process has the whole model; the gradients are averaged while the step's last backward pass runs (DDP)."""
 
     def __init__(self, model: PoaModel) -> None:
-        # A process does not use every parameter in every pass: sub-networks lack blocks.
+        # Sub-networks lack blocks, so a pass may not use every parameter. torch warns where the first one lacks none.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified in DDP constructor")
         self.ddp = DistributedDataParallel(model.student, find_unused_parameters=True, gradient_as_bucket_view=True)
         super().__init__(self.ddp)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -18,6 +18,9 @@ from poa.data.parquet import write_encoded
 from poa.data.shards.fetch import DISK_FULL, PART_ENDING, Content, DiskFull, Stop, fetch, file_sha256, pause, publish
 from poa.data.shards.location import is_url
 from poa.errors import DataError
+
+if sys.platform != "win32":
+    import fcntl
 
 GB = 10**9
 _LOCK_ENDING = ".lock"
@@ -75,8 +78,10 @@ class ShardCache:
         """Makes the directory, and removes what killed processes left in it.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: it cannot be written, or the system has no locks of files.
         """
+        if sys.platform == "win32":
+            raise DataError("shards are fetched on Linux and macOS only. Copy them here, and name the files.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._room_lock():

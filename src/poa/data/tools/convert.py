@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import shutil
@@ -151,13 +150,13 @@ class _Job:
         self.parts.mkdir(parents=True, exist_ok=True)
         with (self.parts / "lock").open("wb") as lock:
             try:
+                import fcntl
+
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise CheckpointError(f"another process is writing to {self.out}. Let it end, or stop it.") from error
-            except OSError as error:
-                text = (
-                    f"{self.out} cannot be locked ({error.strerror}): see to it that no second conversion begins there."
-                )
+            except (ImportError, OSError) as error:
+                text = f"{self.out} cannot be locked ({error}): see to it that no second conversion begins there."
                 warnings.warn(text, PoaWarning, stacklevel=2)
             write_json(self.out / JOB_NAME, self.described)
             for scratch in self.out.glob(".shard-*"):
