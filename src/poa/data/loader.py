@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import cv2
@@ -255,12 +256,20 @@ def _start_worker(main_process: int, stop: Stop, worker: int) -> None:
 
 def _end_with(process: int) -> None:
     """Ends this process when that one is gone. A fork server, the parent of workers, outlives a run that is killed."""
-    while True:
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            os._exit(1)
+    while _lives(process):
         time.sleep(_WATCH_SECONDS)
+    os._exit(1)
+
+
+def _lives(process: int) -> bool:
+    """Whether that process runs; one that has ended and that its parent has not asked after does not."""
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):
+        return True  # no /proc here
 
 
 def _unchanged(item: ItemT) -> ItemT:

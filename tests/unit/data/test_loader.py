@@ -201,10 +201,10 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
     worker = int(process.stdout.readline())
     assert worker != process.pid
     assert is_running(worker)
-    process.kill()
-    process.wait()
+    process.kill()  # it stays a zombie until it is waited for
     for _ in range(300):
         if not is_running(worker):
             break
         time.sleep(0.1)
     assert not is_running(worker)
+    process.wait()
