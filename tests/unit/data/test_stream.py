@@ -59,6 +59,13 @@ def wait_until(holds):
     raise AssertionError("it has not come to that")
 
 
+@pytest.fixture
+def no_child_is_left():
+    """Whether all processes that the test started have ended; other tests may have left some."""
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) <= before
+
+
 def threads_of_poa():
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("poa-prefetch")]
 
@@ -139,7 +146,7 @@ def test_a_defect_of_the_threads_arrives_in_the_training(server, config, monkeyp
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_stream_that_is_stopped_ends_although_the_server_hangs(server, config, num_workers):
+def test_a_stream_that_is_stopped_ends_although_the_server_hangs(server, config, num_workers, no_child_is_left):
     batches = batches_of(server, config)
     for number in range(len(SIZES)):
         server.faults[f"s-{number:04d}.tar"] = ["stalled"] * 9
@@ -147,17 +154,17 @@ def test_a_stream_that_is_stopped_ends_although_the_server_hangs(server, config,
         threading.Timer(0.5, stream.stop).start()
         assert list(stream) == []
         assert list(stream) == []
-    wait_until(lambda: not multiprocessing.active_children())
+    wait_until(no_child_is_left)
     assert not threads_of_poa()
 
 
-def test_leaving_the_block_ends_workers_that_wait_for_a_server_that_hangs(server, config):
+def test_leaving_the_block_ends_workers_that_wait_for_a_server_that_hangs(server, config, no_child_is_left):
     batches = batches_of(server, config)
     with BatchStream(batches, 0, 9, 2, pin_memory=False) as stream:
         next(stream)
         for number in range(len(SIZES)):
             server.faults[f"s-{number:04d}.tar"] = ["stalled"] * 9
-    wait_until(lambda: not multiprocessing.active_children())
+    wait_until(no_child_is_left)
     assert not threads_of_poa()
 
 

@@ -168,6 +168,9 @@ class _Reader:
             self.unusable.add(key)
             raise BadEntry(f"its file_name is {name!r}")
         height, width = entry.get("height"), entry.get("width")
+        if not all(side is None or isinstance(side, int) for side in (height, width)):
+            self.unusable.add(key)
+            raise BadEntry(f"its height and width are {str((height, width))[:80]}, no whole numbers")
         self.images[key] = AnnotatedImage(name, None if height is None or width is None else (height, width))
 
     def _problem(self, image: AnnotatedImage) -> str:
