@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from poa.config.card import CardFile
 from poa.config.checks import MAX_SIDE, require
 from poa.elastic import SearchSpace, Subnet, num_params
 from poa.errors import CheckpointError, ConfigError, ExtractionError
-from poa.files import read_json, replace_directory, write_json
+from poa.files import file_sha256, read_json, replace_directory, write_json
 from poa.randomness import derived_seed
 from poa.task_head import TaskHead, read_head
 from poa.tensor_file import Part, read_tensors, write_safetensors
@@ -471,9 +470,3 @@ def _require_one_type(state: Mapping[str, Tensor], weights: Path) -> None:
     if len(kinds) != 1 or str(next(iter(kinds))).removeprefix("torch.") not in WEIGHT_TYPES:
         found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)) or "none"
         raise CheckpointError(f"{weights} must hold tensors of one of {', '.join(WEIGHT_TYPES)}; got {found}.")
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

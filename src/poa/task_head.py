@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from poa.config import from_dict
 from poa.config.card import HeadFile
 from poa.elastic import Axis, Cut, Window, fixed
 from poa.errors import CheckpointError, ConfigError
-from poa.files import read_json, write_json
+from poa.files import file_sha256, read_json, write_json
 from poa.tensor_file import read_tensors
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class TaskHead:
             "version": HEAD_VERSION,
             "class_names": list(self.class_names),
             "multi_label": self.multi_label,
-            "weights": {"file": HEAD_WEIGHTS_FILE, "sha256": _sha256(weights)},
+            "weights": {"file": HEAD_WEIGHTS_FILE, "sha256": file_sha256(weights)},
         }
         write_json(directory / HEAD_FILE, described)
 
@@ -106,7 +105,7 @@ def read_head(directory: Path, features: Axis) -> TaskHead | None:
         described = from_dict(HeadFile, values, str(file))
     except ConfigError as error:
         raise CheckpointError(f"{file} is damaged: {error} {remedy}") from error
-    if not weights.is_file() or _sha256(weights) != described.weights.sha256:
+    if not weights.is_file() or file_sha256(weights) != described.weights.sha256:
         raise CheckpointError(f"{weights} is damaged: its checksum is not the one in {HEAD_FILE}. Copy it anew.")
     state = read_tensors(weights)
     if sorted(state) != ["bias", "weight"] or not all(tensor.is_floating_point() for tensor in state.values()):
@@ -116,8 +115,3 @@ def read_head(directory: Path, features: Axis) -> TaskHead | None:
     if (tuple(head.weight.shape), tuple(head.bias.shape)) != expected:
         raise CheckpointError(f"{weights} does not fit the family: its weight is {tuple(head.weight.shape)}.")
     return head
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

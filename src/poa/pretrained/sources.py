@@ -13,7 +13,8 @@ from poa.backbones.from_timm import config_from_timm
 from poa.config import ModelConfig
 from poa.data.shards.location import redacted
 from poa.errors import CheckpointError, ConfigError
-from poa.family import file_sha256, load, read_card
+from poa.family import load, read_card
+from poa.files import file_sha256
 from poa.tensor_file import read_tensors
 from poa.timm_models import TIMM_PREFIX, create_timm_model, is_family
 

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from poa.errors import CheckpointError
-from poa.family import file_sha256
-from poa.files import read_json, replace_directory, write_json
+from poa.files import file_sha256, read_json, replace_directory, write_json
 from poa.tensor_file import read_tensors
 
 TENSORS_FILE = "state.safetensors"

@@ -38,8 +38,7 @@ from torch.futures import Future
 from poa.config import from_dict
 from poa.distributed import Ranks, own_part
 from poa.errors import CheckpointError, ConfigError
-from poa.family import file_sha256
-from poa.files import read_json, sync_path
+from poa.files import file_sha256, read_json, sync_path
 from poa.tensor_file import Part, write_safetensors
 
 STATE_FILE = "state.json"

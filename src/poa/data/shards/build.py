@@ -14,11 +14,12 @@ import numpy as np
 from poa.config import DataConfig
 from poa.data.base import SkippedImage
 from poa.data.parquet import arrow, check_class_names, class_names_of, has_bytes, labels_of, row_groups
-from poa.data.shards.fetch import DiskFull, fetch, file_sha256, filesystem_of
+from poa.data.shards.fetch import DiskFull, fetch, filesystem_of
 from poa.data.shards.index import Shard, ShardIndex
 from poa.data.shards.location import Location, check_name, kind_of, locate, redacted
 from poa.data.tar_index import TarIndex, tar_files
 from poa.errors import DataError
+from poa.files import file_sha256
 
 Progress = Callable[[str, int, int], None]
 """Is told a shard's name, how many are done and how many there are."""

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from poa.config import DataConfig
 from poa.data.parquet import write_encoded
-from poa.data.shards.fetch import DISK_FULL, PART_ENDING, Content, DiskFull, Stop, fetch, file_sha256, pause, publish
+from poa.data.shards.fetch import DISK_FULL, PART_ENDING, Content, DiskFull, Stop, fetch, pause, publish
 from poa.data.shards.location import is_url
 from poa.errors import DataError
+from poa.files import file_sha256
 
 if sys.platform != "win32":
     import fcntl

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import multiprocessing
 import os
 import tempfile
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 from poa.config import DataConfig
 from poa.data.shards.location import redacted
 from poa.errors import DataError
+from poa.files import file_sha256
 from poa.randomness import generator
 
 MAX_WAIT_SECONDS = 60.0
@@ -95,12 +95,6 @@ def pause(seconds: float, stop: Stop | None) -> None:
     """Waits; raises `Stopped` when the download is no longer wanted."""
     if (stop or _OfProcess.stop).wait(seconds):
         raise Stopped
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(url: str, target: Path, config: DataConfig, content: Content | None = None, stop: Stop | None = None) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 
 from poa.config import DataConfig
 from poa.data.shards import INDEX_NAME, ShardIndex, build_index, locate, open_index
-from poa.data.shards.fetch import file_sha256
+from poa.files import file_sha256
 
 
 class ShardFault(NamedTuple):
