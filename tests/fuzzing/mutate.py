@@ -188,7 +188,7 @@ def _mutate_one(value: Any, rng: Rng) -> Any:
     paths = _paths(value)
     path = _pick(paths, rng)
     if not path or len(paths) > MAX_PARTS or max(map(len, paths)) > MAX_NESTING:
-        return _pick(ODD_VALUES, rng) if rng.random() < 0.1 else value
+        return copy.deepcopy(_pick(ODD_VALUES, rng)) if rng.random() < 0.1 else value
     parent = value
     for key in path[:-1]:
         parent = parent[key]
@@ -205,7 +205,7 @@ def _mutate_one(value: Any, rng: Rng) -> Any:
             part = part[key]
         parent[last] = copy.deepcopy(part)
     else:
-        parent[last] = _pick(ODD_VALUES, rng)
+        parent[last] = copy.deepcopy(_pick(ODD_VALUES, rng))
     return value
 
 
