@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from pathlib import Path
+from typing import Any, TextIO
 
 from poa.errors import PoaWarning
 
@@ -46,3 +48,37 @@ class PatientFile:
 
     def _warn(self, text: str) -> None:
         warnings.warn(text, PoaWarning, stacklevel=3)
+
+
+class PatientStream:
+    """Standard error, or another stream of text, that a full disk does not stop.
+
+    What the disk does not take waits in the stream's buffer and is tried again with what comes next; what the buffer
+    does not hold is lost. There is no place left to say so.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes it now or later; gives back its length."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            _refuse_all_but_full_disks(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Writes what waits, as far as there is space."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            _refuse_all_but_full_disks(error)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the stream has)
+        return getattr(self._stream, name)
+
+
+def _refuse_all_but_full_disks(error: OSError) -> None:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error

@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 
 import pytest
@@ -6,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from poa import patient_file
 from poa.errors import PoaWarning
-from poa.patient_file import PatientFile
+from poa.patient_file import PatientFile, PatientStream
 from poa.train.curves import Curves
 
 
@@ -94,3 +95,40 @@ def test_curves_written_to_a_disk_that_was_full_are_whole(tmp_path, monkeypatch)
     disk.space = 10_000
     curves.close()
     assert points(tmp_path, "loss") == [(step, float(step)) for step in range(1, 5)]
+
+
+class FullDisk(io.RawIOBase):
+    """A device that is full until it is not."""
+
+    def __init__(self):
+        self.is_full, self.written = True, b""
+
+    def writable(self):
+        return True
+
+    def write(self, content):
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.written += bytes(content)
+        return len(content)
+
+
+def test_a_stream_on_a_full_disk_is_written_when_there_is_space_again():
+    disk = FullDisk()
+    stream = PatientStream(io.TextIOWrapper(io.BufferedWriter(disk), encoding="utf-8", line_buffering=True))
+    print("step 1", file=stream, flush=True)
+    assert disk.written == b""
+    disk.is_full = False
+    print("step 2", file=stream, flush=True)
+    assert disk.written == b"step 1\nstep 2\n"
+    assert stream.encoding == "utf-8"
+
+
+def test_other_errors_of_a_stream_are_not_hidden():
+    class Broken(io.StringIO):
+        def write(self, _):
+            raise OSError(errno.EIO, "Input/output error")
+
+    stream = PatientStream(Broken())
+    with pytest.raises(OSError, match="Input/output"):
+        stream.write("step 1")

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ import tyro
 from poa.config import PretrainConfig, from_dict, load_recipe, load_yaml, recipe_names, to_dict
 from poa.config.files import merged
 from poa.errors import ConfigError, PoaError, PoaWarning
+from poa.patient_file import PatientStream
 
 DEFAULT_RECIPE = "vit-s16"
 
@@ -43,7 +45,8 @@ def run(arguments: Sequence[str]) -> int:
     from poa.distributed import ranks_of_environment
     from poa.train import ConsoleReporter, pretrain
 
-    result = pretrain(config, out, ConsoleReporter())
+    with redirect_stderr(PatientStream(sys.stderr)):
+        result = pretrain(config, out, ConsoleReporter())
     ranks = ranks_of_environment()
     if not ranks.is_main:
         return 0 if result.family else 128 + (result.signal or 0)
