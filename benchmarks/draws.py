@@ -32,7 +32,7 @@ from poa.elastic import SearchSpace, Subnet, SubnetDraws
 from poa.elastic.draws import NUM_BUCKETS
 from poa.randomness import generator
 
-RECIPES = ("vit-l16", "swin-b", "resnet152")
+RECIPES = ("vit-l16", "swin-b", "resnet152", "digits")
 RANKS = (2, 4, 8, 64)
 COMMON_COST = 3.0 + 0.6
 """What all ranks do alike in a step, in forward passes of the intact network on all crops: the intact student forward
