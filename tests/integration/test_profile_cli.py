@@ -220,7 +220,7 @@ def test_a_runtime_that_is_not_installed_is_refused_with_what_to_install(family,
     assert "pip install 'poa[onnx]'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, which the next test measures")
 def test_cuda_that_is_not_there_is_refused(family, tmp_path, capsys):
     assert poa(family, "--device", "cuda", "--out", tmp_path / "profile.csv") == 1
     assert "cuda" in capsys.readouterr().err

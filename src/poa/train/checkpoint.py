@@ -368,6 +368,7 @@ class _Writing(threading.Thread):
         self._work = work
 
     def run(self) -> None:
+        """Writes it, and keeps the error if that fails."""
         try:
             self._work()
         except BaseException as error:  # noqa: BLE001 (it is raised in the training's thread)

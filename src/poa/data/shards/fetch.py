@@ -197,6 +197,7 @@ class _Download(threading.Thread):
         self.error: Exception | None = None
 
     def run(self) -> None:
+        """Downloads the file, and keeps the error if that fails; it ends early when it is abandoned."""
         from fsspec.callbacks import Callback
 
         owner = self
