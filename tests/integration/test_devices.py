@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from poa.backbones import architecture
 from poa.config import PretrainConfig, from_dict, load_recipe, to_dict
@@ -15,7 +16,8 @@ from poa.distributed import whole
 from poa.runtime import resolve_runtime
 from poa.train.optim import make_optimizer
 from poa.train.parallel import Replicated, Sharded
-from poa.train.setup import build_trainer
+from poa.train.run_directory import RunDirectory
+from poa.train.setup import build_trainer, save_family
 from poa.train.step import train_step
 from tests.contract.configs import SMALLEST
 from tests.devices import needs_cuda
@@ -131,6 +133,22 @@ def test_ddp_and_fsdp_train_as_the_plain_model(group_of_one, mode, precision):
 
     tolerances = (1e-5, 1e-4) if precision == "float32" else (2e-2, 5e-2)
     assert_alike(steps(3, divide=divide, **runtime), steps(3, **runtime), *tolerances)
+
+
+def test_the_family_of_a_divided_teacher_is_that_of_a_whole_one(group_of_one, tmp_path):
+    config = from_dict(PretrainConfig, merged(to_dict(load_recipe("digits")), TINY), "test")
+    source = open_source("digits", config.data, 1)
+    runtime = resolve_runtime(replace(config.runtime, device=group_of_one.type, compile="off"))
+    saved = []
+    for name in ("whole", "divided"):
+        trainer = build_trainer(config, 1, runtime)
+        if name == "divided":
+            mesh = init_device_mesh(group_of_one.type, (1,), mesh_dim_names=("shard",))
+            trainer = replace(trainer, parallel=Sharded(trainer.model, mesh))
+            assert all(isinstance(part, DTensor) for part in trainer.model.teacher.parameters())
+        save_family(trainer, source, RunDirectory(tmp_path / name))
+        saved.append((tmp_path / name / "family" / "weights.safetensors").read_bytes())
+    assert saved[0] == saved[1]
 
 
 @needs_cuda

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import time
 import warnings
 
 import numpy as np
@@ -24,9 +25,10 @@ from poa.config import (
 )
 from poa.config import RuntimeConfig as Where
 from poa.data import EpochPlan, MultiCropBatches, open_source
+from poa.data.digits import DigitsSource
 from poa.errors import PoaWarning, TrainingError
 from poa.runtime import Runtime
-from poa.train import pretrain
+from poa.train import Reporter, pretrain
 from poa.train.interrupt import Interrupt
 from poa.train.metrics import MetricsLog, read_metrics
 from poa.train.monitor import Monitor
@@ -158,6 +160,33 @@ def test_a_step_that_is_not_finite_changes_nothing(source, poison):
     for old, new in zip(moments, trainer.optimizer.state.values(), strict=True):
         assert all(torch.equal(old[key], new[key]) for key in old)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+class Told(Reporter):
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_run_that_waits_for_its_images_says_so_once(tmp_path, monkeypatch, is_slow):
+    load, told = DigitsSource.load, Told()
+
+    def slow(self, index):
+        time.sleep(0.1 if is_slow else 0.0)
+        return load(self, index)
+
+    monkeypatch.setattr(DigitsSource, "load", slow)
+    monkeypatch.setattr("poa.train.loop.WAIT_SHARE", 0.3 if is_slow else 1.0)
+    pretrain(changed(train={"epochs": 0.04, "log_every": 2}), tmp_path / "run", told)
+    shares = [line["data_wait"] for line in read_metrics(tmp_path / "run") if "data_wait" in line]
+    assert len(shares) > 2
+    assert all(0.0 < share <= 1.0 for share in shares)
+    waiting = [text for text in told.messages if text.startswith("Training waited for images")]
+    assert len(waiting) == int(is_slow)
+    assert not is_slow or max(shares) > 0.3
 
 
 def exploding(**train):
